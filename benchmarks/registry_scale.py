@@ -4,8 +4,9 @@
 
 Names are inserted into the tables in bulk, because 100,000 uploads would take too long. The measured operations go
 through ``PromptStore``, like those of a request, alternately on the two stores: resolve an uncached reference, list a
-page of 100 names, list a page of 100 names by a tag that every second name has, upload, promote. The benchmark also
-measures the memory of a process that has opened a store and resolved 2,000 names.
+page of 100 names, list a page of 100 names by a tag that every second name has, list 100 changes of all names (of a
+tenant, of a key, of a kind since a time), upload, promote. The memory of a process that has opened a store and
+resolved 2,000 names is measured too.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ import sqlalchemy as sa
 from safetensors.numpy import save
 
 from prompt_store.catalog.database import Database
-from prompt_store.catalog.schema import aliases, blobs, prompts, tags, version_files, versions
+from prompt_store.catalog.schema import aliases, blobs, history, prompts, tags, version_files, versions
+from prompt_store.changes import HistoryAction, HistoryFilter
 from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
-from prompt_store.types import BaseModelSpec, PromptRef
+from prompt_store.types import Access, BaseModelSpec, PromptRef
 
 BASE = BaseModelSpec("tiny", 32, 2, 2, 8, 64, "float32")
 CONFIG = json.dumps({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}).encode()
@@ -42,6 +44,16 @@ _BATCH = 5_000
 def name_of(index: int) -> str:
     """A name with a hash prefix, so that sorted names are in random order of their index."""
     return f"{hashlib.sha256(str(index).encode()).hexdigest()[:12]}-{index}"
+
+
+def history_of(index: int) -> list[dict[str, object]]:
+    """The two entries of a name's upload, a second after those of the name before, by one of a hundred keys."""
+    entry: dict[str, object] = {"revision": 0, "name": name_of(index), "version": 1, "at": index * 1_000_000}
+    entry["actor"] = f"key-{index % 100}"
+    return [
+        {**entry, "id": 2 * index - 1, "action": "publish", "alias": None},
+        {**entry, "id": 2 * index, "action": "promote", "alias": "latest"},
+    ]
 
 
 def register(url: str, count: int) -> None:
@@ -74,6 +86,7 @@ def register(url: str, count: int) -> None:
                 ],
             ),
             (blobs, [{"sha256": digest[i], "size": 600} for i in ids]),
+            (history, [row for i in ids for row in history_of(i)]),
             (aliases, [{"prompt_id": i, "alias": "latest", "version": 1} for i in ids]),
             (tags, [{"version_id": i, "tag": "even", "name": name_of(i)} for i in ids if i % 2 == 0]),
             (
@@ -96,8 +109,8 @@ def register(url: str, count: int) -> None:
     with database.writing() as connection:
         if database.is_shared:
             # Rows inserted with explicit ids do not advance the sequences.
-            for name in ("prompts", "versions"):
-                connection.exec_driver_sql(f"SELECT setval('{name}_id_seq', {count + 1})")
+            for name, used in (("prompts", count), ("versions", count), ("history", 2 * count)):
+                connection.exec_driver_sql(f"SELECT setval('{name}_id_seq', {used + 1})")
         connection.exec_driver_sql("ANALYZE")
     database.close()
 
@@ -124,6 +137,16 @@ def operations(store: PromptStore, count: int, rng: random.Random) -> dict[str, 
         "resolve": lambda turn: store.resolve(PromptRef.parse(name_of(order[turn % count]))),
         "list a page": lambda turn: store.list_prompts(100, after=starts[turn % len(starts)]),
         "list a page by tag": lambda turn: store.list_prompts(100, after=starts[turn % len(starts)], tag="even"),
+        "list the history": lambda turn: store.registry.list_history(HistoryFilter(), before=count + turn % count),
+        "list the history of a tenant": lambda turn: store.registry.list_history(
+            HistoryFilter(), before=count + turn % count, access=Access("t")
+        ),
+        "list the history of a key": lambda turn: store.registry.list_history(
+            HistoryFilter(actor=f"key-{turn % 100}"), limit=10
+        ),
+        "list the history of an action since a time": lambda turn: store.registry.list_history(
+            HistoryFilter(action=HistoryAction.PUBLISH, since=(count - 500) * 1_000_000)
+        ),
         "publish": lambda turn: upload(store, name_of(order[turn % count]), turn),
         "promote": lambda turn: store.set_alias(name_of(order[turn % count]), f"a{turn}", 1),
     }

@@ -66,7 +66,7 @@ def peft_way(model_folder: Path, folders: Sequence[Path], texts: Sequence[Text],
         count = 0
         for index, (group, kind) in enumerate(zip(groups, types, strict=True)):
             models[kind].set_adapter(str(index))
-            count += _generate(models[kind], group, new_tokens)
+            count += generate(models[kind], group, new_tokens)
         return count
 
     return timed(run)
@@ -77,7 +77,7 @@ def padded_way(model_folder: Path, texts: Sequence[Text], new_tokens: int, dtype
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype))
     model.to(device).eval()
-    return timed(lambda: _generate(model, [text.token_ids for text in texts], new_tokens))
+    return timed(lambda: generate(model, [text.token_ids for text in texts], new_tokens))
 
 
 def engine_way(
@@ -187,11 +187,14 @@ def medians(speeds: dict[str, list[float]]) -> dict[str, float]:
     return {name: round(statistics.median(values), 1) for name, values in speeds.items()}
 
 
-def _generate(model: Any, group: Sequence[Sequence[int]], new_tokens: int) -> int:
+def generate(model: Any, group: Sequence[Sequence[int]], new_tokens: int, **arguments: Any) -> int:
+    """Generate greedily over one left-padded batch of transformers; returns the number of new tokens."""
     device = next(model.parameters()).device
     width = max(map(len, group))
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in group], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in group], device=device)
     with torch.inference_mode():
-        output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **arguments
+        )
     return int((output.shape[1] - width) * len(group))

@@ -8,6 +8,8 @@ PromptStoreError
 ├── PromptConflictError      the catalog is not in the state that the caller expected
 │   └── PromptInUseError     a deletion would take aliases or several versions along
 ├── PromptTooLargeError      a file is over the size limit
+├── JobNotFoundError         no such evaluation or training run
+├── JobsFullError            too many evaluations or metrics of one tenant
 ├── CorruptBlobError         stored bytes no longer match their digest
 │   └── BlobNotFoundError    there are no bytes under that digest at all
 └── StoreUnavailableError    catalog or blobs cannot be reached now; nothing was lost
@@ -70,6 +72,14 @@ class PromptInUseError(PromptConflictError):
 
 class PromptTooLargeError(PromptStoreError):
     """A file is over the size limit."""
+
+
+class JobNotFoundError(PromptStoreError):
+    """No such evaluation or training run."""
+
+
+class JobsFullError(PromptStoreError):
+    """Too many evaluations of one tenant are not over, or a training run has too many metrics."""
 
 
 class CorruptBlobError(PromptStoreError):

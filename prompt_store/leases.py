@@ -7,8 +7,8 @@ import threading
 
 from prompt_store.blobs.blobs import BlobStore
 from prompt_store.blobs.collector import Collector
-from prompt_store.blobs.stored_files import disk_errors, weights_of
-from prompt_store.types import LeasedPrompt, PromptVersion
+from prompt_store.blobs.stored_files import disk_errors, files_in_use
+from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, LeasedPrompt, PromptVersion
 
 
 class Leases:
@@ -30,29 +30,33 @@ class Leases:
         """Hold the files of a version until ``release``.
 
         Raises:
-            CorruptBlobError: If its weights are missing or damaged.
-            StoreUnavailableError: If they cannot be fetched now.
+            CorruptBlobError: If a file is missing or damaged.
+            StoreUnavailableError: If one cannot be fetched now.
         """
-        weights = weights_of(version)
+        used = files_in_use(version)
         digests = tuple(file.sha256 for file in version.files)
         self._collector.hold(digests)
-        self._blobs.pin(weights.sha256)
+        for file in used:
+            self._blobs.pin(file.sha256)
         try:
             with disk_errors():
-                path = self._blobs.fetch(weights.sha256, weights.size)
+                paths = {file.filename: self._blobs.fetch(file.sha256, file.size) for file in used}
         except BaseException:
-            self._blobs.unpin(weights.sha256)
-            self._collector.release(digests)
+            self._release(version, digests)
             raise
         lease_id = next(self._ids)
         with self._lock:
             self._held[lease_id] = digests
-        return LeasedPrompt(version, path, lease_id)
+        return LeasedPrompt(version, paths[WEIGHTS_FILE], lease_id, paths.get(CONFIG_FILE))
 
     def release(self, leased: LeasedPrompt) -> None:
         """End a lease; unreferenced files are removed with the last one. Releasing twice has no effect."""
         with self._lock:
             digests = self._held.pop(leased.lease_id, ())
         if digests:
-            self._blobs.unpin(weights_of(leased.version).sha256)
-            self._collector.release(digests)
+            self._release(leased.version, digests)
+
+    def _release(self, version: PromptVersion, digests: tuple[str, ...]) -> None:
+        for file in files_in_use(version):
+            self._blobs.unpin(file.sha256)
+        self._collector.release(digests)

@@ -40,7 +40,7 @@ def open_store(
     catalog_url: str | None = None,
     cache_path: Path | None = None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
-    max_upload_bytes: int = 512 * 1024 * 1024,
+    max_upload_bytes: int = 1024 * 1024 * 1024,
     collect_grace_seconds: float | None = None,
     retention_seconds: float = RETENTION_SECONDS,
 ) -> PromptStore:

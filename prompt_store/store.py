@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,38 +11,34 @@ from prompt_store.blobs.blobs import BlobStore, TierStats
 from prompt_store.blobs.collector import RETENTION_SECONDS, Collector
 from prompt_store.blobs.staging import Staging, Upload
 from prompt_store.blobs.stored_files import disk_errors
+from prompt_store.cached_catalog import CachedCatalog
+from prompt_store.catalog import usage
 from prompt_store.catalog.catalog import BlobsGoneError, Catalog
 from prompt_store.catalog.records import NewVersion
-from prompt_store.catalog.resolve_cache import ResolveCache
-from prompt_store.catalog.watch import CatalogStatus, CatalogWatch
+from prompt_store.catalog.watch import CatalogStatus
+from prompt_store.changes import By, Deletion, HistoryEntry, ImportedVersion, Restoration
 from prompt_store.checking import CheckedUpload, check_upload
-from prompt_store.errors import (
-    BlobNotFoundError,
-    CorruptBlobError,
-    PromptForbiddenError,
-    PromptNotFoundError,
-    StoreUnavailableError,
-)
+from prompt_store.errors import BlobNotFoundError, CorruptBlobError, PromptNotFoundError, StoreUnavailableError
+from prompt_store.formats import PromptFormat
+from prompt_store.jobs.jobs import Jobs
 from prompt_store.leases import Leases
+from prompt_store.registry import Registry
+from prompt_store.rollouts import NO_ROLLOUT, Rollout
 from prompt_store.types import (
     DEFAULT_ALIAS,
     SHARED,
     Access,
     BaseModelSpec,
-    Deletion,
-    HistoryEntry,
     LeasedPrompt,
     Lineage,
+    PromptKind,
     PromptRef,
     PromptSummary,
     PromptVersion,
-    Restoration,
     StoreTotals,
     TaskType,
     check_name,
 )
-
-_MAX_REFRESHED = 1000
 
 
 class PromptStore:
@@ -64,6 +60,10 @@ class PromptStore:
         collect_grace_seconds: How long blobs without a name are kept; None for the default.
         retention_seconds: How long a deleted version can be restored.
         close: Called after catalog and blobs are closed.
+
+    Attributes:
+        registry: Corrections, history and use of all names.
+        jobs: Evaluations and training runs.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class PromptStore:
         blobs: BlobStore,
         staging: Staging,
         *,
-        max_upload_bytes: int = 512 * 1024 * 1024,
+        max_upload_bytes: int = 1024 * 1024 * 1024,
         collect_grace_seconds: float | None = None,
         retention_seconds: float = RETENTION_SECONDS,
         close: Callable[[], None] = lambda: None,
@@ -83,24 +83,20 @@ class PromptStore:
         self._max_upload_bytes = max_upload_bytes
         self._collector = Collector(catalog, blobs, collect_grace_seconds, retention_seconds)
         self._on_close = close
-        self._resolved = ResolveCache()
+        self._cached = CachedCatalog(catalog)
+        self.registry = Registry(catalog, self._cached)
+        self.jobs = Jobs(catalog, self._cached)
         self._leases = Leases(blobs, self._collector)
-        self._subscribers: list[Callable[[set[str] | None], None]] = []
-        self._totals = (-1, StoreTotals())
-        """With their generation: counting a hundred thousand names at each scrape would be slow."""
-        self._watch: CatalogWatch | None = None
         try:
             self._collector.try_to_collect()  # blobs that a killed process put and did not name
-            if catalog.is_shared:
-                self._watch = CatalogWatch(catalog, self._apply_changes)
+            self._cached.watch()
         except BaseException:
             self._collector.close()
             raise
 
     def close(self) -> None:
         """Close catalog and blobs, and release their locks."""
-        if self._watch is not None:
-            self._watch.close()
+        self._cached.stop_watching()
         self._collector.close()
         self._staging.close()
         self._blobs.close()
@@ -128,10 +124,13 @@ class PromptStore:
         tags: Collection[str] = (),
         metadata: Mapping[str, object] | None = None,
         lineage: Lineage | None = None,
-        actor: str | None = None,
+        prompt_format: PromptFormat | None = None,
+        over: str | None = None,
+        actor: By = None,
         reserved_names: Collection[str] = (),
         owner: str = SHARED,
         checked: CheckedUpload | None = None,
+        imported: ImportedVersion | None = None,
     ) -> tuple[PromptVersion, bool]:
         """Validate an upload and make it a version, served from the next request on.
 
@@ -147,19 +146,23 @@ class PromptStore:
             tags: Words to list by.
             metadata: A JSON object.
             lineage: Origin of the version.
+            prompt_format: How the version wants to be asked; None if that is not known.
+            over: ``NAME@VERSION`` of the adapter that a soft prompt was trained over; None for no adapter.
             actor: Who publishes.
             reserved_names: Names that may not be used, such as the name of the base model.
             owner: The tenant that alone sees it; ``SHARED`` for all.
             checked: The result of ``check_upload``; None checks the upload here.
+            imported: Number and time of a version that comes from another store; no alias is moved.
 
         Returns:
             The version, and whether it is new. The same files under the same name are the existing version; the
             alias is moved to it too.
 
         Raises:
-            ValueError: If name, alias or a tag is not well formed, or the name is reserved.
+            ValueError: If name, alias, a tag or ``over`` is not well formed, or the name is reserved.
             InvalidPromptError: With every fault of the files.
-            PromptConflictError: If the name is, or was, another owner's.
+            PromptConflictError: If the name is, or was, another owner's; or the number of an imported version has, or
+                had, other bytes.
             StoreUnavailableError: If catalog or blobs cannot be reached; nothing was published.
         """
         check_name(name, "name")
@@ -171,11 +174,7 @@ class PromptStore:
             check_name(tag, "tag")
         if checked is None:
             checked = check_upload(
-                upload,
-                base,
-                require_same_base=require_same_base,
-                allow_float64=allow_float64,
-                task_type=task_type,
+                upload, base, require_same_base=require_same_base, allow_float64=allow_float64, task_type=task_type
             )
         new = checked.new_version(
             name,
@@ -183,12 +182,14 @@ class PromptStore:
             tags=tuple(tags),
             metadata=metadata or {},
             lineage=lineage or Lineage(),
+            prompt_format=prompt_format,
+            over=over,
             owner=owner,
         )
-        self._require_catalog()
+        self._cached.require()
         self._catalog.check_owner(name, owner)  # before any byte is stored that would have to be collected
         try:
-            published = self._store(upload, new, alias, actor)
+            published = self._store(upload, new, alias, actor, imported)
         except BaseException:
             self._collector.collect_if_alone()
             raise
@@ -204,34 +205,40 @@ class PromptStore:
             PromptNotFoundError: If there is none.
             StoreUnavailableError: If it is not cached and the catalog cannot be reached.
         """
-        version = self._resolved.get(ref)
-        # A cached version of another tenant is looked up like an unknown name: an answer without the catalog, while
-        # it is unreachable or slow, would reveal that the name exists.
-        if version is None or not (access is None or access.sees(version.owner)):
-            self._require_catalog()
-            generation = self._resolved.generation
-            version = self._catalog.resolve(ref, access)
-            self._resolved.add(ref, version, generation)
-        return version
+        return self._cached.resolve(ref, access)
 
     def lease(self, ref: PromptRef, access: Access | None = None) -> LeasedPrompt:
         """Resolve a reference and hold its files until ``release``, even if the version is deleted.
+
+        An alias means the version that it points at, also during a rollout.
 
         Raises:
             PromptNotFoundError: If there is no such version.
             CorruptBlobError: If its weights are missing or damaged.
             StoreUnavailableError: If version or weights are not cached and cannot be fetched now.
         """
-        version = self.resolve(ref, access)
+        return self._lease(self.resolve(ref, access), ref, access)
+
+    def lease_for_request(self, ref: PromptRef, access: Access | None = None, key: str | None = None) -> LeasedPrompt:
+        """Lease the version that answers one request: during a rollout, an alias draws it.
+
+        Args:
+            ref: What the request names.
+            access: What the caller may see.
+            key: Requests with the same key get the same version as long as the rollout lasts; None draws at random.
+
+        Raises what ``lease`` does.
+        """
+        version, shadow = self._cached.choose(ref, access, key)
+        leased = self._lease(version, ref, access)
+        return leased if shadow is None else replace(leased, shadow=shadow)
+
+    def _lease(self, version: PromptVersion, ref: PromptRef, access: Access | None) -> LeasedPrompt:
         try:
             return self._leases.add(version)
         except BlobNotFoundError:
-            # Deleted and collected since it was resolved, or lost: a second lookup decides. The cache is invalidated
-            # only if that succeeds: while the catalog is unreachable, nothing else is known.
-            self._require_catalog()
-            fresh = self._catalog.resolve(ref, access)
-            self._resolved.invalidate([ref.name])
-            return self._leases.add(fresh)
+            # Deleted and collected since it was resolved, or lost: a second lookup decides.
+            return self._leases.add(self._cached.resolve_again(ref, access))
 
     def release(self, leased: LeasedPrompt) -> None:
         """End a lease. Deleted files are removed with the last lease. Releasing twice has no effect."""
@@ -254,18 +261,20 @@ class PromptStore:
         Args:
             callback: Called from a thread of the store; it must return quickly.
         """
-        self._subscribers.append(callback)
+        self._cached.subscribe(callback)
 
     @property
     def status(self) -> CatalogStatus:
         """Whether the catalog is reachable."""
-        if self._watch is None:
-            return CatalogStatus(True, None, 0.0, 0)
-        return self._watch.status
+        return self._cached.status
+
+    def are_local(self, versions: Iterable[PromptVersion]) -> list[bool]:
+        """For each version, whether all its files are on the local disk."""
+        return [all(self._blobs.has_local(file.sha256) for file in version.files) for version in versions]
 
     def tier_stats(self) -> list[TierStats]:
         """Size and counters of each blob tier. A tier with all blobs has the size of the last ``totals``."""
-        totals = self._totals[1]
+        totals = self._cached.last_totals
         return [
             replace(tier, resident=totals.num_blobs, resident_bytes=totals.blob_bytes)
             if tier.resident is None
@@ -275,15 +284,21 @@ class PromptStore:
 
     def get_prompt(self, name: str, access: Access | None = None) -> PromptSummary:
         """A soft prompt with its aliases and newest version; PromptNotFoundError if there is none."""
-        self._require_catalog()
+        self._cached.require()
         return self._catalog.get_prompt(name, access)
 
     def list_prompts(
-        self, limit: int = 100, after: str | None = None, tag: str | None = None, access: Access | None = None
+        self,
+        limit: int = 100,
+        after: str | None = None,
+        tag: str | None = None,
+        access: Access | None = None,
+        kind: PromptKind | None = None,
+        unused_since: int | None = None,
     ) -> tuple[list[PromptSummary], bool]:
-        """Soft prompts by name, after the name ``after``, with ``tag`` if given; and whether there are more."""
-        self._require_catalog()
-        return self._catalog.list_prompts(limit, after, tag, access)
+        """Soft prompts by name; the arguments and the result are those of ``Catalog.list_prompts``."""
+        self._cached.require()
+        return self._catalog.list_prompts(limit, after, tag, access, kind, unused_since)
 
     def list_versions(
         self, name: str, limit: int = 100, before: int | None = None, access: Access | None = None
@@ -293,7 +308,7 @@ class PromptStore:
         Raises:
             PromptNotFoundError: If there is no such name.
         """
-        self._require_catalog()
+        self._cached.require()
         return self._catalog.list_versions(name, limit, before, access)
 
     def list_history(
@@ -304,7 +319,7 @@ class PromptStore:
         Raises:
             PromptNotFoundError: If the name never existed.
         """
-        self._require_catalog()
+        self._cached.require()
         return self._catalog.list_history(name, limit, before, access)
 
     def read_file(self, name: str, version: int, filename: str, access: Access | None = None) -> bytes:
@@ -332,12 +347,7 @@ class PromptStore:
 
     def totals(self) -> StoreTotals:
         """Number of names, versions and blobs; the last known one while the catalog is unreachable."""
-        generation = self._resolved.generation
-        known, totals = self._totals
-        if known != generation and self.status.is_available:
-            totals = self._catalog.totals()
-            self._totals = (generation, totals)
-        return totals
+        return self._cached.totals()
 
     # Changing
 
@@ -347,40 +357,41 @@ class PromptStore:
         alias: str,
         version: int,
         expected_version: int | None = None,
-        actor: str | None = None,
+        actor: By = None,
         access: Access | None = None,
+        rollout: Rollout = NO_ROLLOUT,
     ) -> None:
-        """Point an alias at a version.
+        """Point an alias at a version; a rollout starts, changes or ends in the same transaction.
 
         Raises:
-            ValueError: If the alias is not well formed.
-            PromptNotFoundError: If there is no such version.
+            ValueError: If the alias is not well formed, or the rollout names the version itself.
+            PromptNotFoundError: If there is no such version, also of the rollout.
             PromptConflictError: If ``expected_version`` is given and the alias does not point there.
         """
         check_name(alias, "alias")
-        with self._changing(name, access):
-            self._catalog.set_alias(name, alias, version, expected_version, actor, access)
+        with self._cached.changing(name, access):
+            self._catalog.set_alias(name, alias, version, expected_version, actor, access, rollout)
 
     def rollback(
         self,
         name: str,
         alias: str = DEFAULT_ALIAS,
         expected_version: int | None = None,
-        actor: str | None = None,
+        actor: By = None,
         access: Access | None = None,
     ) -> int:
-        """Point an alias back at its previous version; returns that version.
+        """End the canaries of an alias, or else point it back at its previous version; returns its version.
 
         Raises:
             PromptNotFoundError: If there is no such alias.
             PromptConflictError: If there is no earlier version, or the alias is not at ``expected_version``.
         """
-        with self._changing(name, access):
+        with self._cached.changing(name, access):
             return self._catalog.rollback(name, alias, expected_version, actor, access)
 
-    def delete_alias(self, name: str, alias: str, actor: str | None = None, access: Access | None = None) -> None:
+    def delete_alias(self, name: str, alias: str, actor: By = None, access: Access | None = None) -> None:
         """Remove an alias; PromptNotFoundError if there is none."""
-        with self._changing(name, access):
+        with self._cached.changing(name, access):
             self._catalog.delete_alias(name, alias, actor, access)
 
     def delete_version(
@@ -389,22 +400,23 @@ class PromptStore:
         version: int,
         *,
         force: bool = False,
-        actor: str | None = None,
+        actor: By = None,
         access: Access | None = None,
     ) -> Deletion:
         """Delete a version; it can be restored for the retention time, and its files stay while leased.
 
         Raises:
             PromptNotFoundError: If there is none.
-            PromptInUseError: If aliases point at it; ``force`` removes them too. No alias moves.
+            PromptInUseError: If aliases point at it, or rollouts name it; ``force`` removes the aliases and ends the
+                rollouts. No alias moves.
         """
-        with self._changing(name, access):
+        with self._cached.changing(name, access):
             deleted = self._catalog.delete_version(name, version, force=force, actor=actor, access=access)
         self._collector.collect_if_alone()
         return deleted
 
     def delete_prompt(
-        self, name: str, *, force: bool = False, actor: str | None = None, access: Access | None = None
+        self, name: str, *, force: bool = False, actor: By = None, access: Access | None = None
     ) -> Deletion:
         """Delete a name with all versions and aliases; it can be restored for the retention time.
 
@@ -412,13 +424,13 @@ class PromptStore:
             PromptNotFoundError: If there is none.
             PromptInUseError: If it has more than one version and ``force`` is not set.
         """
-        with self._changing(name, access):
+        with self._cached.changing(name, access):
             deleted = self._catalog.delete_prompt(name, force=force, actor=actor, access=access)
         self._collector.collect_if_alone()
         return deleted
 
     def restore(
-        self, name: str, version: int | None = None, *, actor: str | None = None, access: Access | None = None
+        self, name: str, version: int | None = None, *, actor: By = None, access: Access | None = None
     ) -> Restoration:
         """Bring back a deleted version, or all that the last deletion of the name has deleted, with the aliases.
 
@@ -426,9 +438,33 @@ class PromptStore:
             PromptNotFoundError: If nothing was deleted, or the retention time is over.
             PromptConflictError: If the version is not deleted.
         """
-        with self._changing(name, access):
+        with self._cached.changing(name, access):
             since = self._collector.restorable_since
             return self._catalog.restore(name, version, deleted_after=since, actor=actor, access=access)
+
+    def prune(
+        self,
+        name: str,
+        *,
+        keep: int,
+        before: int,
+        spared: Collection[int] = (),
+        dry_run: bool = False,
+        actor: By = None,
+        access: Access | None = None,
+    ) -> list[int]:
+        """Delete versions that are not needed any more; the arguments are those of ``usage.prune``.
+
+        Returns:
+            The deleted versions, or those that would be deleted.
+
+        Raises:
+            PromptNotFoundError: If there is no such name.
+        """
+        with self._cached.changing(name, access), self._catalog.changing(actor) as change:
+            pruned = usage.prune(change, name, access, keep=keep, before=before, spared=spared, dry_run=dry_run)
+        self._collector.collect_if_alone()
+        return pruned
 
     def restorable_until(self, deletion: Deletion) -> float | None:
         """Unix time in seconds until which a deletion can be undone; None if it is final."""
@@ -445,7 +481,7 @@ class PromptStore:
     # Inside
 
     def _store(
-        self, upload: Upload, new: NewVersion, alias: str | None, actor: str | None
+        self, upload: Upload, new: NewVersion, alias: str | None, actor: By, imported: ImportedVersion | None
     ) -> tuple[PromptVersion, bool]:
         """Store the files of a new version and record it; raises what ``publish`` raises."""
         with self._collector.holding([file.sha256 for file in new.files]):
@@ -453,48 +489,10 @@ class PromptStore:
             for file in new.files:
                 with disk_errors():
                     self._blobs.put(upload.path(file.filename), file.sha256, file.size)
-            with self._changing(new.name):
+            with self._cached.changing(new.name):
                 try:
-                    return self._catalog.publish(new, alias, actor)
+                    return self._catalog.publish(new, alias, actor, imported)
                 except BlobsGoneError:
-                    seconds = self._collector.grace_seconds
                     raise StoreUnavailableError(
-                        f"the upload took longer than {seconds:.0f} s and was cancelled; send it again"
+                        f"the upload took over {self._collector.grace_seconds:.0f} s and was cancelled; send it again"
                     ) from None
-
-    def _apply_changes(self, names: set[str] | None) -> None:
-        """Drop changed names from the cache, and resolve the recently used ones again."""
-        for ref in self._resolved.invalidate(names)[-_MAX_REFRESHED:]:
-            try:
-                self.resolve(ref)
-            except PromptNotFoundError:
-                continue
-            except StoreUnavailableError:
-                break
-        for callback in self._subscribers:
-            callback(names)
-
-    @contextmanager
-    def _changing(self, name: str, access: Access | None = None) -> Iterator[None]:
-        self._require_catalog()
-        try:
-            yield
-        except StoreUnavailableError:
-            # In a shared catalog the watch finds changes that were written; until then the cache stays in use.
-            owner = self._resolved.owner(name)
-            is_anothers = access is not None and owner is not None and not access.changes(owner)
-            if not (self._catalog.is_shared or is_anothers):
-                self._resolved.invalidate([name])
-            raise
-        except (PromptNotFoundError, PromptForbiddenError):
-            raise  # nothing was changed, and the caller may not be permitted to see the name
-        except BaseException:
-            self._resolved.invalidate([name])
-            raise
-        self._resolved.invalidate([name])
-
-    def _require_catalog(self) -> None:
-        """Fail at once while the catalog is known to be unreachable; an attempt would block a thread for seconds."""
-        status = self.status
-        if not status.is_available:
-            raise StoreUnavailableError(status.reason or "the catalog cannot be reached")

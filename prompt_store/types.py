@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
+from typing import Literal
+
+from prompt_store.formats import PromptFormat
+from prompt_store.rollouts import Rollout
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 """The pattern of names of soft prompts, aliases and tags (matched whole)."""
@@ -22,6 +26,7 @@ MAX_SCORE = sys.float_info.max
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_PARTS = ("A", "B", "bias", "gain", "magnitude")  # of AdaptedModule.tensors
 
 ROWS_TENSOR = "prompt_embeddings"
 """The trained rows, in the weights file of every soft prompt."""
@@ -34,8 +39,15 @@ HEAD_TENSOR_PATTERN = re.compile(r"base_model\.(score|classifier)\.(weight|bias)
 """The tensors of a classification head, matched whole; PEFT saves the modules with these names of transformers."""
 
 
+class PromptKind(StrEnum):
+    """The two kinds of things in the registry. A name may have versions of both."""
+
+    SOFT_PROMPT = "soft_prompt"
+    ADAPTER = "adapter"
+
+
 class PeftType(StrEnum):
-    """The prompt-learning methods; all are served. The values are those of PEFT."""
+    """The methods that are served: all prompt-learning methods, LoRA and IA3. The values are those of PEFT."""
 
     PROMPT_TUNING = "PROMPT_TUNING"
     P_TUNING = "P_TUNING"
@@ -43,6 +55,13 @@ class PeftType(StrEnum):
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
     CPT = "CPT"
     CARTRIDGE = "CARTRIDGE"
+    LORA = "LORA"
+    IA3 = "IA3"
+
+    @property
+    def kind(self) -> PromptKind:
+        """Whether it trains rows before the text, or changes of the base's products."""
+        return PromptKind.ADAPTER if self in (PeftType.LORA, PeftType.IA3) else PromptKind.SOFT_PROMPT
 
     @property
     def is_key_values(self) -> bool:
@@ -60,6 +79,43 @@ class TaskType(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleShape:
+    """A module of the base that holds a weight. The input of an embedding is as wide as the vocabulary.
+
+    ``unsupported`` says why no adapter can change it, such as an expert of a mixture; it is None if one can.
+    """
+
+    kind: Literal["linear", "conv1d", "embedding"]
+    in_features: int
+    out_features: int
+    unsupported: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModule:
+    """What an adapter's files do to one module of the base.
+
+    The module's output y for its input x becomes ``gain * y + scale * (x A^T) B^T + scale * bias``. For a DoRA, the
+    gain is the magnitude divided by the norm of each row of ``W + scale * B A``; it multiplies the other terms too.
+    For an IA3, the gain is the vector itself, or multiplies the input if ``gain_on_input``.
+
+    Attributes:
+        name: The module's name in the base, such as ``model.layers.0.self_attn.q_proj``.
+        rank: Rows of A; 0 for an IA3.
+        scale: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` for rsLoRA, with the patterns of the configuration.
+        tensors: Names of its tensors in the file, by part: ``A`` [rank, in], ``B`` [out, rank], ``bias`` [out],
+            ``magnitude`` [out], ``gain`` [out, 1] or [1, in] (IA3). For an embedding A is [rank, vocabulary].
+        gain_on_input: Whether an IA3's vector multiplies the input (``feedforward_modules``).
+    """
+
+    name: str
+    rank: int
+    scale: float
+    tensors: Mapping[str, str]
+    gain_on_input: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class BaseModelSpec:
     """The properties of the served model that a soft prompt must match.
 
@@ -74,6 +130,10 @@ class BaseModelSpec:
         hidden_size: Width of the last hidden states, which a classification head reads; None if it is that of the
             embeddings.
         other_names: Other names of the base, such as its hub id if it is served under another name.
+        modules: Its products and embeddings by name: what adapters may change. Empty if no adapters are served.
+        adapters_off: Why no adapters are served; None if they are.
+        adapter_parts: What the server applies of an adapted module, among ``ADAPTER_PARTS``.
+        digests: Hex sha256 of its embeddings' and head's tensors by name, in the serving dtype, row by row.
     """
 
     name: str
@@ -85,6 +145,10 @@ class BaseModelSpec:
     dtype: str
     hidden_size: int | None = None
     other_names: tuple[str, ...] = ()
+    modules: Mapping[str, ModuleShape] = field(default_factory=dict)
+    adapters_off: str | None = None
+    adapter_parts: tuple[str, ...] = ADAPTER_PARTS
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def head_width(self) -> int:
@@ -161,8 +225,8 @@ class PromptRef:
 
     Attributes:
         name: The soft prompt's name.
-        version: The requested version, or None.
-        alias: The requested alias, or None; exactly one of version and alias is set.
+        version: The requested version, or None; exactly one of version and alias is set.
+        alias: The requested alias, or None.
     """
 
     name: str
@@ -197,8 +261,7 @@ class StoredFile:
 
     Attributes:
         filename: ``adapter_config.json`` or ``adapter_model.safetensors``.
-        sha256: Hex digest of its bytes, which is also the name of its blob.
-        size: Size in bytes.
+        sha256: Hex digest of its bytes, which is also the name of its blob; ``size`` is in bytes.
     """
 
     filename: str
@@ -275,17 +338,26 @@ class Access:
     Attributes:
         tenant: The tenant; ``SHARED`` for none.
         may_change_shared: Whether they may publish, promote and delete shared soft prompts.
+        all_tenants: Whether they may see and change the soft prompts of every tenant.
     """
 
     tenant: str
     may_change_shared: bool = False
+    all_tenants: bool = False
+
+    @property
+    def owners(self) -> tuple[str, ...] | None:
+        """The owners of the soft prompts that they see; None for every owner."""
+        return None if self.all_tenants else tuple({SHARED, self.tenant})
 
     def sees(self, owner: str) -> bool:
         """Whether they see the soft prompts of an owner."""
-        return owner in (SHARED, self.tenant)
+        return self.all_tenants or owner in (SHARED, self.tenant)
 
     def changes(self, owner: str) -> bool:
         """Whether they may change the soft prompts of an owner."""
+        if self.all_tenants:
+            return True
         return self.may_change_shared if owner == SHARED else owner == self.tenant
 
 
@@ -308,12 +380,19 @@ class PromptVersion:
         tags: Words to list by.
         metadata: A JSON object of the uploader.
         lineage: Origin of the version.
+        format: How it wants to be asked; None if that is not known.
         overrides: Statements of the uploader or operator that replace those of the files: ``allow_other_base`` (true)
             if they name another base, ``task_type`` if they name none.
         created_by: The publisher, if known.
         owner: The tenant that alone sees it; ``SHARED`` for all.
         num_tasks: Tasks of a multitask prompt, else None.
         num_labels: Labels of a prompt that was trained with a classification head, else None.
+        kind: A soft prompt or an adapter. Of a soft prompt, the next three are None.
+        rank: An adapter's largest rank; 0 for an IA3.
+        num_modules: Modules that an adapter changes.
+        num_parameters: Elements of an adapter's tensors that change products.
+        targets: Last parts of the names of the modules that an adapter changes, such as ``q_proj``.
+        over: ``NAME@VERSION`` of the adapter that a soft prompt was trained over, if any.
     """
 
     name: str
@@ -330,11 +409,18 @@ class PromptVersion:
     tags: tuple[str, ...] = ()
     metadata: Mapping[str, object] = field(default_factory=dict)
     lineage: Lineage = field(default_factory=Lineage)
+    format: PromptFormat | None = None
     overrides: Mapping[str, object] = field(default_factory=dict)
     created_by: str | None = None
     owner: str = SHARED
     num_tasks: int | None = None
     num_labels: int | None = None
+    kind: PromptKind = PromptKind.SOFT_PROMPT
+    rank: int | None = None
+    num_modules: int | None = None
+    num_parameters: int | None = None
+    targets: tuple[str, ...] = ()
+    over: str | None = None
 
     @property
     def size(self) -> int:
@@ -346,86 +432,22 @@ class PromptVersion:
         return next((file for file in self.files if file.filename == filename), None)
 
 
-class HistoryAction(StrEnum):
-    """The kinds of changes of a name."""
-
-    PUBLISH = "publish"
-    PROMOTE = "promote"
-    ROLLBACK = "rollback"
-    DELETE_ALIAS = "delete_alias"
-    DELETE_VERSION = "delete_version"
-    DELETE_PROMPT = "delete_prompt"
-    RESTORE = "restore"
-
-
-@dataclass(frozen=True, slots=True)
-class HistoryEntry:
-    """One change of one name.
-
-    Attributes:
-        id: Grows with every change of the catalog; the cursor of pages.
-        action: The kind of change.
-        alias: The alias that was moved or removed, if any.
-        version: The version that was published, deleted or restored, or the new target of the alias.
-        previous_version: The previous target of the alias, or None.
-        actor: Who made the change, if known.
-        at: Time of the change, UTC.
-    """
-
-    id: int
-    action: HistoryAction
-    alias: str | None
-    version: int | None
-    previous_version: int | None
-    actor: str | None
-    at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Deletion:
-    """What a deletion has deleted.
-
-    Attributes:
-        versions: The deleted versions.
-        aliases: The removed aliases, with the versions that they pointed at.
-        at: Time of the deletion, in microseconds since 1970, UTC.
-    """
-
-    versions: tuple[int, ...]
-    aliases: Mapping[str, int]
-    at: int
-
-
-@dataclass(frozen=True, slots=True)
-class Restoration:
-    """What a restoration has brought back.
-
-    Attributes:
-        versions: The restored versions.
-        aliases: The restored aliases, with the versions that they point at.
-        kept_aliases: Aliases that were deleted too but exist again; they still point at these versions.
-    """
-
-    versions: tuple[int, ...]
-    aliases: Mapping[str, int]
-    kept_aliases: Mapping[str, int]
-
-
 @dataclass(frozen=True, slots=True)
 class PromptSummary:
     """A soft prompt in a list.
 
     Attributes:
-        name: The soft prompt's name.
-        aliases: Version number by alias.
+        name: The soft prompt's name, and ``aliases`` its version numbers by alias.
         latest: The version of the bare name (alias ``latest``), or else the highest one.
         num_versions: Versions that are not deleted.
+        rollouts: The rollouts of the aliases that have one.
     """
 
     name: str
     aliases: Mapping[str, int]
     latest: PromptVersion
     num_versions: int
+    rollouts: Mapping[str, Rollout] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,16 +455,16 @@ class StoreTotals:
     """Sizes of a catalog.
 
     Attributes:
-        num_prompts: Names with a version.
-        num_versions: Versions that are not deleted.
-        num_blobs: Blobs, including those that wait to be collected.
-        blob_bytes: Their size in bytes.
+        num_prompts: Names with a version, and ``num_versions``, those that are not deleted.
+        num_adapters: Names with a version that is an adapter and not deleted.
+        num_blobs: Blobs, including those that wait to be collected, and ``blob_bytes`` their size.
     """
 
     num_prompts: int = 0
     num_versions: int = 0
     num_blobs: int = 0
     blob_bytes: int = 0
+    num_adapters: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,14 +472,17 @@ class LeasedPrompt:
     """A version that cannot be collected until its lease is released.
 
     Attributes:
-        version: The resolved version.
+        version: The resolved version; ``lease_id`` distinguishes its leases.
         weights_path: The local weights file; readable until the lease is released.
-        lease_id: Distinguishes the leases of one version.
+        config_path: The local configuration of an adapter; None for a soft prompt.
+        shadow: The version that gets a copy of the request, if any.
     """
 
     version: PromptVersion
     weights_path: Path
     lease_id: int = 0
+    config_path: Path | None = None
+    shadow: PromptRef | None = None
 
 
 def check_name(text: str, what: str) -> str:

@@ -1,4 +1,4 @@
-"""Build the embedded demo from scratch: corpus, tokenizer, model, soft prompts, held-out examples, model card.
+"""Build the embedded demo from scratch: corpus, tokenizer, model, soft prompts, adapter, card.
 
     python -m scripts.build_demo --out server/demo
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from scripts.demo_build.adapters import train_adapters
 from scripts.demo_build.card import write_card
 from scripts.demo_build.corpus import heldout_inputs, write_heldout
 from scripts.demo_build.evaluate import evaluate
@@ -23,7 +24,7 @@ from scripts.demo_build.soft_prompts import train_soft_prompts
 from scripts.demo_build.tokenizer import save_tokenizer, train_tokenizer
 
 SEED = 20
-STAGES = ("tokenizer", "model", "prompts", "evaluate", "card")
+STAGES = ("tokenizer", "model", "prompts", "evaluate", "adapters", "card")
 
 
 def main() -> None:
@@ -59,6 +60,8 @@ def main() -> None:
         )
     if "evaluate" in stages:
         figures["accuracy"] = evaluate(model_folder, out / "soft_prompts", out / "heldout")
+    if "adapters" in stages:
+        figures["adapters"] = train_adapters(out, seed)
     figures_file.write_text(json.dumps(figures, indent=2) + "\n")
     if "card" in stages:
         write_card(figures, out)

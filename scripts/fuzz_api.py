@@ -77,6 +77,7 @@ def fuzz(url: str, *, cases: int, seed: int, phases: str = "examples,coverage,fu
             ",".join(CHECKS),
         ]
         command += ["--phases", phases, "--max-examples", str(per_operation), "--seed", str(seed), "--no-shrink"]
+        command += ["--exclude-path", "/v1/events"]  # its stream does not end
         command += ["--continue-on-failure", "--suppress-health-check", "all", "--workers", "1"]
         command += ["--report", "json", "--report-json-path", str(report), "--warnings", "off", "--no-color"]
         environment = os.environ | {"SCHEMATHESIS_HOOKS": "scripts.fuzz_checks", "PYTHONPATH": str(Path.cwd())}

@@ -31,7 +31,7 @@ from server.config import EngineSettings
 from server.demo.tour import MODEL_DIRECTORY, SOFT_PROMPTS_DIRECTORY
 from server.engine.llm_engine import LLMEngine
 from server.engine.model.platform import CPUPlatform, Platform
-from server.engine.types import FinishReason, GenerateRequest, SamplingParams, SoftPromptSource
+from server.engine.types import FinishReason, GenerateRequest, Member, SamplingParams, SoftPromptSource
 
 TASKS = ("sentiment", "intent", "extract")
 NAN_TOKEN = 700
@@ -179,7 +179,7 @@ class Traffic:
                 prompt_token_ids=text,
                 params=params,
                 soft_prompt=source,
-                others=others,
+                others=tuple(Member(soft_prompt=one) for one in others),
                 salt=self._rng.choice("ab") if healthy else "evil",
             )
         )

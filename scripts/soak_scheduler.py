@@ -2,10 +2,13 @@
 
 Instead of a model, each slot of each block records what was last written to it. A step writes what its plan says, and
 then reads what attention would read. Each position of each chunk's sequence, up to the chunk's end, must hold that
-sequence's token, computed from that sequence's prefix, soft prompt and tenant. The first read detects a block that is
-shared wrongly, evicted in use, copied too early or never filled. Some texts and soft prompts are NaN from some
-position on. After the step that computes them, no findable block may contain NaN, and only the affected sequences may
-have ended.
+sequence's token, computed from that sequence's prefix, soft prompt, adapter and tenant. The first read detects a
+block that is shared wrongly, evicted in use, copied too early or never filled. Some texts and soft prompts are NaN
+from some position on. After the step that computes them, no findable block may contain NaN, and only the affected
+sequences may have ended.
+
+Adapters are read into a memory of a few bytes. Some reads fail, and some adapters are larger than estimated. Whatever
+a step computes with must be in memory.
 
 Large soft prompts of keys and values are loaded beside the steps, a few positions with each. A load that no sequence
 waits for stops, though it may write one piece more, and some loads fail.
@@ -19,63 +22,26 @@ import time
 from dataclasses import dataclass, field
 from zlib import crc32
 
-from server.engine.scheduling.block_manager import BlockManager, SoftPromptRun
+from scripts.soak_model import NOT_FINITE, Limits, SoakFiles, Tally, contents_of, expect, is_finite, virtual_contents
+from server.engine.scheduling.adapter_memory import AdapterMemory
+from server.engine.scheduling.adapter_turns import adapters_of
+from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.plan import Chunk, StepPlan
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.scheduling.sequence import Sequence
-from server.engine.types import ErrorCode, FinishReason, GenerateRequest, SamplingParams, SoftPromptSource
+from server.engine.scheduling.soft_prompt_run import SoftPromptRun
+from server.engine.types import (
+    AdapterSource,
+    ErrorCode,
+    FinishReason,
+    GenerateRequest,
+    Member,
+    SamplingParams,
+    SoftPromptSource,
+)
 
 NUM_PROMPTS = 7
-NOT_FINITE = "not finite"
-"""The content of a slot where the model would have computed NaN."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The limits of the scheduler under test: small, so that every resource becomes scarce.
-
-    Attributes:
-        num_blocks: Number of blocks in the cache.
-        block_size: Positions per block.
-        max_num_seqs: Maximum number of running sequences.
-        max_num_batched_tokens: Maximum number of positions per step.
-        max_model_len: Maximum number of positions per sequence.
-        step_fill_tokens: Virtual tokens of keys and values that a step copies itself; None for all.
-    """
-
-    num_blocks: int = 14
-    block_size: int = 3
-    max_num_seqs: int = 5
-    max_num_batched_tokens: int = 11
-    max_model_len: int = 40
-    step_fill_tokens: int | None = 4
-
-
-@dataclass(slots=True)
-class Tally:
-    """Counts of events, which show that a run covered them.
-
-    ``ensembles`` counts finished ensembles. ``spoiled`` counts sequences that ended because of a shared block that is
-    not finite, and ``not_finite`` those that ended because of their own token. ``repeated`` counts chunks of
-    sequences that begin with virtual tokens. ``loaded``, ``abandoned`` and ``unloadable`` count loads that ended with
-    all positions copied, that stopped early, and that failed; ``beside`` counts steps with chunks beside a load.
-    """
-
-    steps: int = 0
-    added: int = 0
-    refused: int = 0
-    finished: int = 0
-    aborted: int = 0
-    expired: int = 0
-    promoted: int = 0
-    ensembles: int = 0
-    spoiled: int = 0
-    not_finite: int = 0
-    repeated: int = 0
-    loaded: int = 0
-    abandoned: int = 0
-    unloadable: int = 0
-    beside: int = 0
+NUM_ADAPTERS = 6
 
 
 @dataclass(slots=True)
@@ -111,17 +77,28 @@ class Drive:
     now: float = 0.0
     live: dict[str, Sequence] = field(default_factory=dict)
     versions: list[int] = field(default_factory=lambda: [0] * NUM_PROMPTS)
+    adapter_versions: list[int] = field(default_factory=lambda: [0] * NUM_ADAPTERS)
+    files: SoakFiles = field(default_factory=SoakFiles)
+    adapters: AdapterMemory = field(init=False)
     slots: dict[tuple[int, int], object] = field(default_factory=dict)
     loads: list[Load] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         limits = self.limits
+        self.adapters = AdapterMemory(
+            self.files,
+            budget_bytes=limits.adapter_bytes,
+            bytes_per_parameter=1,
+            held_bytes=limits.held_adapter_bytes,
+            max_reads=2,
+        )
         self.scheduler = Scheduler(
             BlockManager(limits.num_blocks, limits.block_size),
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             max_model_len=limits.max_model_len,
             step_fill_tokens=limits.step_fill_tokens,
+            adapter_memory=self.adapters,
         )
 
     def add(
@@ -134,6 +111,7 @@ class Drive:
         priority: int,
         timeout: float | None,
         num_members: int = 1,
+        adapter: int = 0,
     ) -> None:
         """Add a request.
 
@@ -145,15 +123,23 @@ class Drive:
             tenant: Selects the salt.
             priority: Lower is more urgent.
             timeout: Maximum seconds in the queue.
-            num_members: Number of ensemble members; each takes the next soft prompt.
+            num_members: Number of ensemble members; each takes the next soft prompt and adapter.
+            adapter: Adapter: 0 for none.
         """
         self.tally.added += 1
-        source, *others = (self._source((prompt + index) % NUM_PROMPTS) for index in range(num_members))
+        first, *others = (
+            Member(
+                soft_prompt=self._source((prompt + index) % NUM_PROMPTS),
+                adapter=self._adapter((adapter + index) % NUM_ADAPTERS if adapter else 0),
+            )
+            for index in range(num_members)
+        )
         request = GenerateRequest(
             request_id=f"s{self.tally.added}",
             prompt_token_ids=[(index + (variant if index > 4 else 0)) % 3 for index in range(length)],
             params=SamplingParams(max_tokens=max_tokens),
-            soft_prompt=source,
+            soft_prompt=first.soft_prompt,
+            adapter=first.adapter,
             others=tuple(others),
             salt=f"t{tenant}",
             priority=priority,
@@ -169,15 +155,29 @@ class Drive:
             max(longest.values()) <= self.limits.max_model_len
             and needed <= self.limits.num_blocks
             and num_members <= self.limits.max_num_seqs
+            and self._fit([one.adapter for one in (first, *others) if one.adapter is not None])
         )
         try:
             self.scheduler.add(seq)
         except ValueError:
-            _expect(not fits, f"{seq.request_id} was refused, but it fits")
+            expect(not fits, f"{seq.request_id} was refused, but it fits")
             self.tally.refused += 1
             return
-        _expect(fits, f"{seq.request_id} was accepted, but it can never fit")
+        expect(fits, f"{seq.request_id} was accepted, but it can never fit")
         self.live[seq.request_id] = seq
+
+    def _adapter(self, number: int) -> AdapterSource | None:
+        if not number:
+            return None
+        digest = f"a{number}.{self.adapter_versions[number]}"
+        return AdapterSource(digest=digest, path="/nowhere", config_path="/nowhere", num_parameters=number + 1)
+
+    def _fit(self, sources: list[AdapterSource]) -> bool:
+        try:
+            self.adapters.check(sources)
+        except ValueError:
+            return False
+        return True
 
     def _source(self, prompt: int) -> SoftPromptSource | None:
         if not prompt:
@@ -192,13 +192,23 @@ class Drive:
         if self.live:
             request_id = list(self.live)[choice % len(self.live)]
             seq = self.scheduler.abort(request_id)
-            _expect(seq is self.live.pop(request_id), f"the scheduler did not know {request_id}")
+            expect(seq is self.live.pop(request_id), f"the scheduler did not know {request_id}")
             self.tally.aborted += 1
         self.scheduler.check_integrity()
 
     def swap(self, prompt: int) -> None:
-        """Publish a new version of a soft prompt; existing sequences keep their version."""
+        """Publish a new version of a soft prompt and of an adapter; existing sequences keep their versions."""
         self.versions[prompt % NUM_PROMPTS] += 1
+        self.adapter_versions[prompt % NUM_ADAPTERS] += 1
+
+    def pin(self, number: int) -> None:
+        """Pin an adapter, or end its pin."""
+        source = self._adapter(1 + number % (NUM_ADAPTERS - 1))
+        if source is not None and self.adapters.is_pinned(source):
+            self.adapters.unpin(source)
+        elif source is not None and self._fit([source]):
+            self.adapters.pin(source)
+        self.scheduler.check_integrity()
 
     def evict(self) -> None:
         """Evict all unreferenced blocks: a large sequence takes them and releases them at once."""
@@ -209,7 +219,7 @@ class Drive:
                 request_id="big", prompt_token_ids=text, params=SamplingParams(max_tokens=1), salt="evict"
             )
             big = Sequence(request)
-            _expect(blocks.admit(big, None) is not None, "available blocks could not be allocated")
+            expect(blocks.admit(big, None) is not None, "available blocks could not be allocated")
             blocks.free(big)
         self.scheduler.check_integrity()
 
@@ -218,6 +228,7 @@ class Drive:
         self.tally.steps += 1
         self.now += seconds
         self._advance_loads()
+        self._advance_reads()
         self._expire()
         first = self.scheduler.running[0] if self.scheduler.running else None
         waiting = {seq.request_id for seq in self.scheduler.waiting}
@@ -251,17 +262,17 @@ class Drive:
     def finish(self, max_steps: int = 5000) -> None:
         """Run all sequences and loads to their end, and check that every block was released."""
         for _ in range(max_steps):
-            if not self.scheduler.has_work and not self.loads:
+            if not self.scheduler.has_work and not self.loads and not self.files.reading:
                 break
             self.step()
-        _expect(not self.scheduler.has_work and not self.live, f"{len(self.live)} sequences never ended")
-        _expect(self.scheduler.block_manager.num_available == self.limits.num_blocks, "some blocks were not released")
+        expect(not self.scheduler.has_work and not self.live, f"{len(self.live)} sequences never ended")
+        expect(self.scheduler.block_manager.num_available == self.limits.num_blocks, "some blocks were not released")
 
     def _advance_loads(self) -> None:
         """Write a piece of the first load, and end it if it is complete, abandoned or failed."""
         for load in self.loads[:1]:
             run, first = load.run, load.num_copied
-            virtual = _virtual(run.source)
+            virtual = virtual_contents(run.source, run.adapter)
             load.num_copied = min(first + 2, len(virtual))
             for position in range(first, load.num_copied):
                 block = run.blocks[position // self.limits.block_size]
@@ -272,6 +283,20 @@ class Drive:
                 self.loads.remove(load)
                 self._end_load(load, has_failed=has_failed)
             load.is_last = run.ref_count == 0
+
+    def _advance_reads(self) -> None:
+        """End the first read, and the sequences that wait for an adapter that is not readable or never fits."""
+        if self.files.reading:
+            source, nbytes = self.files.end_first()
+            refused = self.adapters.end_read(source.identity, nbytes)
+            self.tally.outgrown += nbytes is not None and source.identity not in self.files.resident
+            for seq in self.scheduler.adapters.users(source.identity):
+                if nbytes is None or refused is not None or not self._fit(adapters_of(seq)):
+                    self.scheduler.finish(seq, ErrorCode.FAILED)
+                    del self.live[seq.request_id]
+                    self.tally.unreadable += 1
+        self.adapters.read_pins()
+        self.scheduler.check_integrity()
 
     def _end_load(self, load: Load, *, has_failed: bool) -> None:
         is_filled = not has_failed and load.num_copied == load.run.source.num_virtual_tokens
@@ -287,25 +312,29 @@ class Drive:
 
     def _expire(self) -> None:
         for seq in self.scheduler.expire(self.now):
-            _expect(seq.first_run is None and seq.deadline is not None, f"{seq.request_id} must not expire")
-            _expect(seq.end_reason is ErrorCode.WAIT_TIMEOUT, f"{seq.request_id} expired with another reason")
+            expect(seq.first_run is None and seq.deadline is not None, f"{seq.request_id} must not expire")
+            expect(seq.end_reason is ErrorCode.WAIT_TIMEOUT, f"{seq.request_id} expired with another reason")
             del self.live[seq.request_id]
             self.tally.expired += 1
         for seq in self.scheduler.waiting:
             late = seq.first_run is None and seq.deadline is not None and seq.deadline <= self.now
-            _expect(not late, f"{seq.request_id} waits after its deadline")
+            expect(not late, f"{seq.request_id} waits after its deadline")
 
     def _check_plan(self, plan: StepPlan, first: Sequence | None) -> None:
         limits = self.limits
-        _expect(plan.num_tokens <= limits.max_num_batched_tokens, f"the step computes {plan.num_tokens} tokens")
-        _expect(self.scheduler.num_running <= limits.max_num_seqs, "too many sequences run")
-        may_wait = bool(self.loads) or not self.scheduler.has_work
-        _expect(not plan.is_empty or may_wait, "the plan is empty, but sequences wait")
-        _expect(first is None or bool(first.block_table), "the sequence that is first in order was preempted")
+        expect(plan.num_tokens <= limits.max_num_batched_tokens, f"the step computes {plan.num_tokens} tokens")
+        expect(self.scheduler.num_running <= limits.max_num_seqs, "too many sequences run")
+        may_wait = bool(self.loads or self.files.reading) or not self.scheduler.has_work
+        used = {adapter.identity for chunk in plan.chunks if (adapter := chunk.adapter) is not None}
+        expect(used <= self.files.resident.keys(), "the step computes with an adapter that is not in memory")
+        expect(sum(self.files.resident.values()) <= limits.adapter_bytes, "adapters take more than their memory")
+        expect(len(self.files.reading) <= 3, "more adapters are read ahead than allowed")
+        expect(not plan.is_empty or may_wait, "the plan is empty, but sequences wait")
+        expect(first is None or bool(first.block_table), "the sequence that is first in order was preempted")
         seqs = [chunk.seq.request_id for chunk in plan.chunks if chunk.seq is not None]
-        _expect(len(seqs) == len(set(seqs)), "a sequence is in the step twice")
-        _expect(all(chunk.num_tokens > 0 for chunk in plan.chunks), "a chunk is empty")
-        _expect(
+        expect(len(seqs) == len(set(seqs)), "a sequence is in the step twice")
+        expect(all(chunk.num_tokens > 0 for chunk in plan.chunks), "a chunk is empty")
+        expect(
             all(seq.block_table for chunk in plan.chunks if (seq := chunk.seq) is not None),
             "a preempted sequence is in the step",
         )
@@ -316,7 +345,7 @@ class Drive:
         if self.loads and ready and self._lacks_blocks(ready[-1]):
             expected = [member for seq in ready[:-1] for member in seq.members]
         leading = [chunk.seq for chunk in plan.chunks[: len(expected)] if chunk.num_tokens == 1]
-        _expect(leading == expected, "a sequence that could decode had to wait")
+        expect(leading == expected, "a sequence that could decode had to wait")
 
     def _lacks_blocks(self, seq: Sequence) -> bool:
         """Whether a sequence waits for blocks that are loading: every other block is in use before its turn."""
@@ -328,7 +357,7 @@ class Drive:
         """Check that the members of an ensemble sample in the same step, in adjacent rows."""
         sampling = [chunk.seq for chunk in plan.chunks if chunk.seq is not None and chunk.samples]
         leaders = [seq for seq in sampling if not seq.is_follower]
-        _expect(
+        expect(
             sampling == [member for seq in leaders for member in seq.members],
             "members of an ensemble do not sample together",
         )
@@ -346,7 +375,7 @@ class Drive:
         if not spoiled:
             return
         for seq in [ended for group in self.scheduler.spoil(plan, spoiled) for ended in group]:
-            _expect(not _is_finite(seq), f"{seq.request_id} ended, but all its positions are finite")
+            expect(not is_finite(seq), f"{seq.request_id} ended, but all its positions are finite")
             self._end_not_finite(seq)
             self.tally.spoiled += 1
 
@@ -354,17 +383,17 @@ class Drive:
         blocks, size = self.scheduler.block_manager, self.limits.block_size
         for block in blocks.findable:
             held = [self.slots.get((block, offset)) for offset in range(size)]
-            _expect(NOT_FINITE not in held, f"the findable block {block} is not finite")
+            expect(NOT_FINITE not in held, f"the findable block {block} is not finite")
         for run in blocks.runs.values():
-            is_valid = not run.is_filled or NOT_FINITE not in _virtual(run.source)
-            _expect(is_valid, f"the cached soft prompt {run.key} is not finite")
+            is_valid = not run.is_filled or NOT_FINITE not in virtual_contents(run.source, run.adapter)
+            expect(is_valid, f"the cached soft prompt {run.key} is not finite")
 
     def _end_not_finite(self, seq: Sequence) -> None:
         self.scheduler.finish(seq, ErrorCode.NOT_FINITE)
         del self.live[seq.request_id]
 
     def _sample(self, seq: Sequence) -> None:
-        if not _is_finite(seq):
+        if not is_finite(seq):
             self._end_not_finite(seq)
             self.tally.not_finite += 1
             return
@@ -376,6 +405,7 @@ class Drive:
             del self.live[seq.request_id]
             self.tally.finished += 1
             self.tally.ensembles += bool(seq.followers)
+            self.tally.adapted += bool(adapters_of(seq))
 
     # A model of the device's memory
 
@@ -383,7 +413,9 @@ class Drive:
         size = self.limits.block_size
         for run in plan.key_value_fills:
             for position in range(run.source.num_virtual_tokens):
-                self.slots[run.blocks[position // size], position % size] = (run.key, position)
+                self.slots[run.blocks[position // size], position % size] = virtual_contents(run.source, None)[
+                    position
+                ]
         for source, destination in plan.block_copies:
             for offset in range(size):
                 self.slots[destination, offset] = self.slots.get((source, offset))
@@ -394,52 +426,20 @@ class Drive:
 
     def _contents(self, chunk: Chunk) -> list[object]:
         if chunk.run is not None:
-            return _virtual(chunk.run.source)
+            return virtual_contents(chunk.run.source, chunk.run.adapter)
         if chunk.seq is None:
             raise AssertionError("a chunk has neither a sequence nor a soft prompt")
-        return _contents(chunk.seq)
+        return contents_of(chunk.seq)
 
     def _read(self, seq: Sequence, stop: int) -> None:
         size = self.limits.block_size
-        contents = _contents(seq)
+        contents = contents_of(seq)
         for position in range(stop):
             found = self.slots.get((seq.block_table[position // size], position % size))
-            _expect(
+            expect(
                 found == contents[position],
                 f"{seq.request_id} reads {found} at position {position}, expected {contents[position]}",
             )
-
-
-def _is_finite(seq: Sequence) -> bool:
-    return not any(NOT_FINITE in _contents(member) for member in seq.members)
-
-
-def _contents(seq: Sequence) -> list[object]:
-    """The expected content of each position of a sequence: a hash of its token and everything before it."""
-    soft_prompt = seq.request.soft_prompt
-    contents = [] if soft_prompt is None else _virtual(soft_prompt)
-    before = crc32(f"{seq.request.salt} {seq.flow}".encode())  # unlike hash(), deterministic
-    is_finite = NOT_FINITE not in contents
-    for token in seq.token_ids:
-        before = hash((before, token))
-        is_finite = is_finite and before % 97 > 0
-        contents.append(before if is_finite else NOT_FINITE)
-    return contents
-
-
-def _virtual(source: SoftPromptSource) -> list[object]:
-    """The expected content of a soft prompt; every third version of embeddings is NaN from some position on."""
-    version = int(source.digest.partition(".")[2])
-    contents: list[object] = [(source.identity, position) for position in range(source.num_virtual_tokens)]
-    if not source.is_key_values and version % 3 == 2:
-        first = version % source.num_virtual_tokens
-        contents[first:] = [NOT_FINITE] * (source.num_virtual_tokens - first)
-    return contents
-
-
-def _expect(holds: bool, message: str) -> None:
-    if not holds:
-        raise AssertionError(message)
 
 
 def soak(num_steps: int, seed: int, limits: Limits | None = None, *, plans_ahead: bool = False) -> Drive:
@@ -462,6 +462,8 @@ def soak(num_steps: int, seed: int, limits: Limits | None = None, *, plans_ahead
             drive.swap(rng.randrange(NUM_PROMPTS))
         elif kind < 0.05:
             drive.evict()
+        elif kind < 0.055:
+            drive.pin(rng.randrange(NUM_ADAPTERS))
         elif kind < (0.5 if is_burst else 0.12) and len(drive.live) < 60:
             drive.add(
                 rng.randint(1, 24),
@@ -472,6 +474,7 @@ def soak(num_steps: int, seed: int, limits: Limits | None = None, *, plans_ahead
                 priority=rng.choice((-100, -1, 0, 0, 0, 0, 5)),
                 timeout=rng.choice((None, None, 5.0, 60.0)),
                 num_members=rng.choice((1, 1, 1, 2, 3)),
+                adapter=max(0, rng.randrange(-NUM_ADAPTERS, NUM_ADAPTERS)),
             )
         else:
             drive.step(rng.random())

@@ -7,12 +7,13 @@ import errno
 import gc
 import logging
 import resource
+import shutil
 import signal
 import socket
-import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -30,48 +31,68 @@ from prompt_store.files.base_names import hub_id
 from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import StoreTotals
-from server import tokenizer as base_tokenizer
 from server.api import ops
+from server.api.administration import keys as keys_routes
 from server.api.admission import Admission
+from server.api.batches import routes as batch_routes
+from server.api.batches.runner import make_runner
 from server.api.classification import routes as classify
-from server.api.early_refusal import AdmissionMiddleware
+from server.api.comparison import routes as comparison
 from server.api.errors import describe
+from server.api.evaluations import routes as evaluation_routes
+from server.api.evaluations.runner import make_evaluation_runner
 from server.api.generation import routes as openai
-from server.api.http.answers import PROTECTIVE_HEADERS, ExpectMiddleware
+from server.api.http.answers import PROTECTIVE_HEADERS
 from server.api.http.connections import ConnectionLimits, LimitedProtocol, limited
-from server.api.http.hosts import HostMiddleware, Hosts
-from server.api.http.origins import CorsMiddleware, CrossOriginMiddleware, Origins
+from server.api.http.hosts import Hosts
+from server.api.http.origins import Origins
 from server.api.http.refusal_log import Refusal, RefusalLog
-from server.api.inference.entry import LimitsMiddleware
 from server.api.inference.request_record import log_request, record_of
-from server.api.json_budget import JsonBudgetMiddleware
 from server.api.keys.keys import ApiKeys, KeyReloader, is_loopback, load_keys
-from server.api.middleware import (
-    ApiKeyMiddleware,
-    BodyLimitMiddleware,
-    BodyTimeoutMiddleware,
-    RequestIdMiddleware,
-)
+from server.api.keys.sessions import open_sessions
+from server.api.middleware_stack import middleware_stack
+from server.api.monitoring import routes as monitoring
+from server.api.monitoring import server_routes
 from server.api.openapi import describe_api
 from server.api.operations import ANY_KEY, Operation, Operations, matched
-from server.api.prompts import inspection, models
+from server.api.prompts import edits, history, inspection, lora_routes, models, transfer, usage
 from server.api.prompts import routes as prompts
+from server.api.runs import routes as run_routes
 from server.api.services import Lifecycle, Phase, Services, Tokenizer, get_services
 from server.api.soft_prompts.async_store import AsyncPromptStore
 from server.api.soft_prompts.pin_budget import PinBudget
 from server.api.soft_prompts.warming import Warmer
 from server.api.tokenization import routes as tokenization
 from server.config import HttpSettings, Settings, StoreSettings
+from server.console import routes as console
+from server.console.routes import ConsoleEntryMiddleware, Login
 from server.engine.interface import Engine
-from server.engine.process.async_engine import AsyncEngine
-from server.errors import ConfigurationError, EngineStartError, ServerError
-from server.metrics import Metrics, StoreState
+from server.engine.process.started_process import StartedProcess
+from server.errors import ConfigurationError, ServerError
+from server.metrics.metrics import Metrics
+from server.metrics.scrape import StoreState
 from server.model_source import locate
+from server.startup.display import StartDisplay
+from server.startup.start import announce, make_engine, start
 from server.tracing import RequestTracer
 
 logger = logging.getLogger(__name__)
 
-ROUTERS = tuple(module.router for module in (ops, models, openai, classify, tokenization, prompts, inspection))
+_REGISTRY = (prompts, comparison, inspection, edits, history, transfer, usage, lora_routes)
+_MONITORING = (server_routes, monitoring, console, keys_routes)
+_MODULES = (
+    ops,
+    models,
+    openai,
+    classify,
+    tokenization,
+    batch_routes,
+    evaluation_routes,
+    run_routes,
+    *_MONITORING,
+    *_REGISTRY,
+)
+ROUTERS = tuple(module.router for module in _MODULES)
 """Every route of the API."""
 
 _CLOSE_SECONDS = 5
@@ -92,6 +113,8 @@ def create_app(
     engine: Engine | None = None,
     tokenizer: Tokenizer | None = None,
     store: PromptStore | None = None,
+    display: StartDisplay | None = None,
+    process: StartedProcess | None = None,
 ) -> FastAPI:
     """Build the application. Its lifespan starts the engine in the background, and stops it at the end.
 
@@ -100,6 +123,8 @@ def create_app(
         engine: Engine to use; default: the one of ``settings``.
         tokenizer: Loaded tokenizer to use; default: the model's, loaded together with the engine.
         store: Open store to use; the caller closes it.
+        display: Where to show the stages of the start; default: the log.
+        process: The first process of the engine, started with the same settings; default: one is started.
 
     Raises:
         ConfigurationError: If the settings cannot be used: an open host without keys, an invalid key file, a missing
@@ -107,15 +132,19 @@ def create_app(
         PromptStoreError: If the store cannot be opened.
     """
     keys = load_keys(settings.http)
+    sessions = open_sessions(keys, settings.http.session_secret_file)
     origins = Origins(settings.http.allow_origin)
     hosts = Hosts.parse(settings.http.allowed_host, is_guarded=keys is None and is_loopback(settings.http.host))
+    display = display or StartDisplay()
     if engine is None:
         settings = _located(settings)
-        engine = AsyncEngine(settings.engine)
+        engine = make_engine(settings.engine, display, process)
     opened = store or _open_store(settings.store)
     metrics = Metrics(
+        max_num_seqs=settings.engine.max_num_seqs,
         read_stats=lambda: engine.stats,
-        read_store=lambda: _store_state(opened),
+        read_store=lambda: _store_state(opened, settings.store.local_path),
+        read_exposition=lambda: engine.exposition,
         top_prompts=settings.http.metrics_top_prompts,
     )
     async_store = AsyncPromptStore(opened)
@@ -126,39 +155,48 @@ def create_app(
         store=async_store,
         warmer=Warmer(engine, async_store, _pin_budget(settings, has_keys=keys is not None)),
         admission=Admission(settings.engine.max_num_seqs + settings.http.max_waiting),
+        batch_admission=Admission(settings.engine.max_num_seqs + settings.http.max_waiting),
         metrics=metrics,
+        has_keys=keys is not None,
         loaded_tokenizer=tokenizer,
+        api_keys=keys,
     )
+    batches = make_runner(settings, keys)
+    evaluations = make_evaluation_runner(async_store, keys, settings.engine.max_num_seqs)
     endpoint = settings.otlp_traces_endpoint
     tracer = None if endpoint is None else RequestTracer.to(endpoint)
-    observers = [log_request] if tracer is None else [log_request, tracer.observe]
+    observers = [log_request, services.load.observe, *([] if tracer is None else [tracer.observe])]
     app = FastAPI(
         title="Prelude",
         description="One frozen model with many soft prompts in one batch, over an OpenAI-compatible API.",
-        lifespan=lambda _: _lifespan(
-            services, owns_store=store is None, reloader=_reloader(settings.http, keys, metrics), tracer=tracer
+        lifespan=lambda app: _lifespan(
+            services,
+            [services.shadowing.running(app), batches.running(app), evaluations.running(app)],
+            partial(announce, services, partial(_totals, opened), display),
+            owns_store=store is None,
+            reloader=_reloader(settings.http, keys, services),
+            tracer=tracer,
         ),
         redirect_slashes=False,
+        docs_url=None,  # the console has the reference of the API, without files from other hosts
+        redoc_url=None,
     )
     app.state.services = services
+    app.state.batches = batches
+    app.state.evaluations = evaluations
+    app.state.login = Login(sessions)
     for error in (ServerError, PromptStoreError, HTTPException, RequestValidationError):
         app.add_exception_handler(error, _answer_error)
     operations = _include_routes(app)
-    middleware = [Middleware(ExpectMiddleware)]
-    if origins:
-        middleware.append(Middleware(CorsMiddleware, origins=origins))
-    middleware.append(Middleware(RequestIdMiddleware, operations=operations, metrics=metrics, observers=observers))
-    if hosts is not None:
-        middleware.append(Middleware(HostMiddleware, hosts=hosts))
-    middleware.append(Middleware(CrossOriginMiddleware, origins=origins))
-    if keys is not None:
-        middleware.append(Middleware(ApiKeyMiddleware, keys=keys, open_metrics=settings.http.open_metrics))
-    middleware.append(Middleware(LimitsMiddleware, metrics=metrics))
-    middleware.append(Middleware(BodyTimeoutMiddleware, seconds=settings.http.body_timeout))
-    middleware.append(Middleware(BodyLimitMiddleware, max_bytes=settings.http.max_body_bytes))
-    middleware.append(Middleware(JsonBudgetMiddleware))
-    middleware.append(Middleware(AdmissionMiddleware, services=services))
-    app.user_middleware = middleware
+    app.user_middleware = middleware_stack(
+        services,
+        operations=operations,
+        observers=observers,
+        origins=origins,
+        hosts=hosts,
+        sessions=sessions,
+        entry=[Middleware(ConsoleEntryMiddleware)],
+    )
     # FastAPI would document its own error format, which this server never sends.
     app.openapi = lambda: describe_api(app, operations)  # type: ignore[method-assign]
     return app
@@ -248,7 +286,7 @@ class PreludeServer(uvicorn.Server):
         self._services.lifecycle.drain()
         logger.info(
             "draining: refusing new requests; %d sequences have up to %g s to finish",
-            self._services.admission.num_in_use,
+            self._services.admission.num_in_use + self._services.batch_admission.num_in_use,
             self._drain_seconds,
         )
         ending = asyncio.create_task(self._end_on_second_signal(), name="second signal")
@@ -307,16 +345,23 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, display: StartDisplay | None = None, process: StartedProcess | None = None) -> None:
     """Serve until a signal, and return after the shutdown.
+
+    Args:
+        settings: The settings of the server.
+        display: Where to show the stages of the start; default: the log.
+        process: The first process of the engine, started with the same settings; default: one is started.
 
     Raises:
         ServerError: If the settings cannot be used, or the engine cannot start.
         PromptStoreError: If the store cannot be opened.
     """
     _allow_open_files(settings.http.max_connections)
+    display = display or StartDisplay()
     with closing(bind(settings.http)) as bound:
-        app = create_app(settings)
+        display.url = url_of(bound)
+        app = create_app(settings, display=display, process=process)
         freeze_loaded_objects()
         logger.info("loading %s; listening on %s", settings.engine.model, url_of(bound))
         PreludeServer(app, settings).run(sockets=[bound])
@@ -346,23 +391,35 @@ def _allow_open_files(max_connections: int) -> None:
 
 @asynccontextmanager
 async def _lifespan(
-    services: Services, *, owns_store: bool, reloader: KeyReloader | None, tracer: RequestTracer | None
+    services: Services,
+    background: Sequence[AbstractAsyncContextManager[None]],
+    show_served: Callable[[], Awaitable[None]],
+    *,
+    owns_store: bool,
+    reloader: KeyReloader | None,
+    tracer: RequestTracer | None,
 ) -> AsyncIterator[None]:
-    starting = asyncio.create_task(_start(services), name="start")
+    starting = asyncio.create_task(start(services, show_served), name="start")
     loop = asyncio.get_running_loop()
 
-    def notify_warmer(names: set[str] | None) -> None:
+    def notify(names: set[str] | None) -> None:
         with suppress(RuntimeError):  # the loop has ended; the store will be closed
             loop.call_soon_threadsafe(services.warmer.changed, names)
+            loop.call_soon_threadsafe(services.catalog_changes.note, names)
 
-    services.store.subscribe(notify_warmer)
+    services.store.subscribe(notify)
     services.engine.subscribe(services.warmer.restore)
+    services.engine.subscribe(lambda: services.load.mark("restart"))
     async with AsyncExitStack() as stack:
         if tracer is not None:
             stack.push_async_callback(asyncio.to_thread, tracer.close)
         if reloader is not None:
-            await stack.enter_async_context(_reloading(reloader))
+            await stack.enter_async_context(reloader.running())
+        await stack.enter_async_context(services.usage.running())
+        await stack.enter_async_context(services.load.running(lambda: services.engine.stats))
         stack.push_async_callback(_stop, services, starting, owns_store=owns_store)
+        for work in background:
+            await stack.enter_async_context(work)
         yield
 
 
@@ -374,57 +431,15 @@ async def _stop(services: Services, starting: asyncio.Task[None], *, owns_store:
     await services.engine.stop()
     if services.loaded_tokenizer is not None:
         await asyncio.to_thread(services.loaded_tokenizer.close)
+    await services.usage.flush()
     await asyncio.to_thread(services.store.close, close_store=owns_store)
 
 
-def _reloader(http: HttpSettings, keys: ApiKeys | None, metrics: Metrics) -> KeyReloader | None:
+def _reloader(http: HttpSettings, keys: ApiKeys | None, services: Services) -> KeyReloader | None:
     """The reloader of the key file; None without a file."""
-    return None if keys is None or http.api_key_file is None else KeyReloader(http, keys, metrics)
-
-
-@asynccontextmanager
-async def _reloading(reloader: KeyReloader) -> AsyncIterator[None]:
-    """Reload the key file when it changes and on SIGHUP."""
-    loop = asyncio.get_running_loop()
-    # Only the main thread can handle signals. A server in another thread, as in tests, only polls the file.
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main:
-        loop.add_signal_handler(signal.SIGHUP, reloader.request)
-    task = asyncio.create_task(reloader.run(), name="reload API keys")
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        if is_main:
-            loop.remove_signal_handler(signal.SIGHUP)
-
-
-async def _start(services: Services) -> None:
-    """Load tokenizer and model concurrently; if both fail, the engine's error is reported, the more precise one."""
-    try:
-        results = await asyncio.gather(services.engine.start(), _load_tokenizer(services), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        store = services.settings.store
-        await services.warmer.start(preload=store.preload, pin=store.pin)
-    except ServerError as error:
-        services.lifecycle.fail(error)
-    except Exception as error:
-        logger.exception("the engine could not start")
-        services.lifecycle.fail(EngineStartError(f"{type(error).__name__}: {error}"))
-    else:
-        services.lifecycle.serve()
-        logger.info("%s is ready", services.base_name)
-
-
-async def _load_tokenizer(services: Services) -> None:
-    if services.loaded_tokenizer is None:
-        engine = services.settings.engine
-        services.loaded_tokenizer = await asyncio.to_thread(
-            base_tokenizer.Tokenizer.load, engine.model, revision=engine.revision
-        )
+    if keys is None or http.api_key_file is None:
+        return None
+    return KeyReloader(http, keys, services.metrics, lambda: services.load.mark("keys_reloaded"))
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
@@ -459,8 +474,9 @@ def _open_store(settings: StoreSettings) -> PromptStore:
     )
 
 
-def _store_state(store: PromptStore) -> StoreState:
-    return StoreState(_totals(store), store.tier_stats(), store.status.is_available)
+def _store_state(store: PromptStore, path: Path) -> StoreState:
+    free = shutil.disk_usage(path).free if path.is_dir() else 0
+    return StoreState(_totals(store), store.tier_stats(), store.status.is_available, free)
 
 
 def _totals(store: PromptStore) -> StoreTotals:

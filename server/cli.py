@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import inspect
 import logging
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,10 +18,15 @@ from rich.console import Console
 
 from prompt_store.errors import PromptStoreError
 from prompt_store.types import PromptRef
-from server import logs, store_commands
+from server import logs
 from server.client import commands
 from server.client.bulk import command as bulk
 from server.client.evaluation import command as evaluation
+from server.client.importers import command as importers
+from server.client.registry import canary, edit, history, prune, transfer
+from server.command_line import store_commands
+from server.command_line.flags import Flag, GroupedHelp, parse_bytes, parse_fraction, with_flags
+from server.command_line.starting import OWN_PROCESS, real_exhibit, started_early, terminal_for_log
 from server.config import (
     Device,
     DType,
@@ -34,7 +38,11 @@ from server.config import (
     Settings,
     StoreSettings,
 )
+from server.demo import DEMO_MODEL, DEMO_NAME, EMBEDDED
+from server.demo.real.model import REAL_NAME
+from server.doctor import command as doctor
 from server.errors import ServerError
+from server.startup.display import StartDisplay
 from server.training import command as training
 
 app = typer.Typer(
@@ -42,7 +50,6 @@ app = typer.Typer(
     help="Serve one frozen language model with many hot-swappable soft prompts.",
     epilog=commands.EXIT_CODES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -54,81 +61,9 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_SIZE = re.compile(r"(\d+)\s*([kmg]i?b)?", re.IGNORECASE)
 
-
-def parse_bytes(text: str | int) -> int:
-    """Parse a size: bytes, or a number with KB, MB, GB (powers of 1000) or KiB, MiB, GiB (powers of 1024).
-
-    Raises:
-        typer.BadParameter: If the text has another form or the size is zero.
-    """
-    match = _SIZE.fullmatch(str(text).strip())
-    size = int(match[1]) * _UNITS[(match[2] or "").lower()] if match else 0
-    if size == 0:
-        raise typer.BadParameter(f"{text!r} is not a size: give bytes, or a number with KiB, MiB or GiB")
-    return size
-
-
-def parse_fraction(text: str | float) -> float:
-    """Parse a number in (0, 1].
-
-    Raises:
-        typer.BadParameter: If the text is no such number.
-    """
-    try:
-        fraction = float(text)
-    except ValueError:
-        fraction = 0.0
-    if not 0.0 < fraction <= 1.0:
-        raise typer.BadParameter(f"{text!r} is not a fraction: give a number above 0, at most 1")
-    return fraction
-
-
-@dataclass(frozen=True, slots=True)
-class _Flag:
-    """One of serve's flags: a field of the settings tree.
-
-    Attributes:
-        section: The dataclass that holds the field and its default.
-        field: The field's name.
-        type: The type that the command line parses.
-        help: One line.
-        options: Further options for typer, such as bounds.
-        name: The flag's name if it differs from the field's.
-    """
-
-    section: type
-    field: str
-    type: Any
-    help: str
-    options: dict[str, Any]
-    name: str
-
-    @property
-    def variable(self) -> str:
-        """The environment variable for this flag."""
-        return f"PRELUDE_{self.name.upper()}"
-
-    @property
-    def default(self) -> Any:
-        """The field's default; ``...`` if the flag is required."""
-        field = next(field for field in fields(self.section) if field.name == self.field)
-        return ... if field.default is MISSING else field.default
-
-    @property
-    def parameter(self) -> inspect.Parameter:
-        """The flag as a parameter that typer reads."""
-        option = typer.Option(help=self.help, envvar=self.variable, **self.options)
-        default = inspect.Parameter.empty if self.default is ... else self.default
-        return inspect.Parameter(
-            self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[self.type, option]
-        )
-
-
-def _flag(section: type, field: str, type_: Any, text: str, *, name: str | None = None, **options: Any) -> _Flag:
-    return _Flag(section, field, type_, text, options, name or field)
+def _flag(section: type, field: str, type_: Any, text: str, *, name: str | None = None, **options: Any) -> Flag:
+    return Flag(section, field, type_, text, options, name or field)
 
 
 def parse_names(text: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -205,13 +140,33 @@ FLAGS = (
         min=0.0,
     ),
     _flag(
+        StoreSettings,
+        "base_alias",
+        list[Any],
+        "Further name of the base model in configurations of soft prompts; repeatable.",
+        parser=parse_list,
+        metavar="NAME",
+    ),
+    _flag(
         StoreSettings, "allow_other_base", bool, "Accept soft prompts whose configuration names another base model."
     ),
     _flag(
         StoreSettings, "allow_float64", bool, "Accept float64 soft prompts; they are rounded to the serving dtype."
     ),
-    _flag(StoreSettings, "preload", tuple, "Soft prompts to load onto the device at startup.", **_NAMES),
-    _flag(StoreSettings, "pin", tuple, "Soft prompts to preload and to keep in host memory at all times.", **_NAMES),
+    _flag(
+        StoreSettings,
+        "adapter_dir",
+        Path | None,
+        "Let clients load adapters from this directory by path (POST /v1/load_lora_adapter); default: off.",
+    ),
+    _flag(StoreSettings, "preload", tuple, "Soft prompts and adapters to load onto the device at startup.", **_NAMES),
+    _flag(
+        StoreSettings,
+        "pin",
+        tuple,
+        "Soft prompts and adapters to preload and to keep in host memory at all times.",
+        **_NAMES,
+    ),
     _flag(
         StoreSettings,
         "pinned_bytes",
@@ -259,6 +214,23 @@ FLAGS = (
     ),
     _flag(
         EngineSettings,
+        "adapter_host_bytes",
+        int,
+        "Host memory for LoRA adapters, in use or not; requests whose adapter has no room wait.",
+        name="adapter_host_memory",
+        **_BYTES,
+    ),
+    _flag(
+        EngineSettings,
+        "adapter_device_bytes",
+        int,
+        "Memory of a GPU for LoRA adapters; keys and values get the rest.",
+        name="adapter_device_memory",
+        **_BYTES,
+    ),
+    _flag(EngineSettings, "max_adapter_rank", int, "Largest rank of a LoRA adapter.", min=1),
+    _flag(
+        EngineSettings,
         "enable_prefix_caching",
         bool,
         "Reuse the keys and values of a text's beginning for later texts that begin alike.",
@@ -292,6 +264,8 @@ FLAGS = (
     ),
     _flag(EngineSettings, "quantization", str | None, "vLLM's name of a quantisation; default: the checkpoint's."),
     _flag(EngineSettings, "engine_args", str | None, "JSON object of further arguments of vLLM's engine."),
+    _flag(EngineSettings, "max_loras", int, "LoRA adapters loaded at once, for --engine vllm; 0: none.", min=0),
+    _flag(EngineSettings, "vllm_metrics", bool, "Add vLLM's own metrics to /metrics, under their names."),
     _flag(
         HttpSettings,
         "api_key_file",
@@ -304,6 +278,12 @@ FLAGS = (
         tuple,
         "API keys without a file; set the variable to hide them from process lists.",
         **_KEYS,
+    ),
+    _flag(
+        HttpSettings,
+        "session_secret_file",
+        Path | None,
+        "File with a secret that makes logins of the console valid on all servers that have it.",
     ),
     _flag(HttpSettings, "allow_open", bool, "Serve without API keys on an address that other machines can reach."),
     _flag(HttpSettings, "open_metrics", bool, "Serve /metrics without an API key."),
@@ -375,20 +355,6 @@ def settings_from(values: dict[str, Any]) -> Settings:
     )
 
 
-def _with_flags(flags: tuple[_Flag, ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace a command's ``**values`` by one parameter per flag, because typer reads signatures."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        parameters = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-        parameters += [flag.parameter for flag in flags]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return command
-
-    return decorate
-
-
 @contextmanager
 def _errors_on_one_line(log_format: LogFormat = "text") -> Iterator[None]:
     """Report an error in one line and exit with status 1."""
@@ -409,37 +375,73 @@ def _is_default(context: typer.Context, name: str) -> bool:
     return source is None or source.name.startswith("DEFAULT")
 
 
-@app.command()
-@_with_flags(FLAGS)
-def serve(**values: Any) -> None:
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"prelude {metadata.version('prelude-server')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Serve one frozen language model with many hot-swappable soft prompts."""
+
+
+@app.command(cls=GroupedHelp)
+@with_flags(FLAGS)
+def serve(context: typer.Context, **values: Any) -> None:
     """Serve a model and its soft prompts until SIGTERM or Ctrl-C."""
-    # Imported here because it loads transformers, which takes seconds; client commands do not need it.
-    from server.app import run  # noqa: PLC0415
-
     logs.configure(values["log_level"], values["log_format"])
-    with _errors_on_one_line(values["log_format"]):
-        run(settings_from(values))
+    display = StartDisplay(terminal_for_log(values))
+    with _errors_on_one_line(values["log_format"]), display:
+        settings = settings_from(values)
+        with started_early(context, settings.engine) as process:
+            # Imported here because it takes a second or two; client commands do not need it.
+            from server.app import run  # noqa: PLC0415
+
+            run(settings, display, process)
 
 
-@app.command()
-@_with_flags(tuple(flag for flag in FLAGS if flag.name not in {"model", "revision"}))
+@app.command(cls=GroupedHelp)
+@with_flags(tuple(flag for flag in FLAGS if flag.name not in {"model", "revision"}))
 def demo(
     context: typer.Context,
     exit_: Annotated[bool, typer.Option("--exit", help="Exit after the tour; status 0 if it succeeded.")] = False,
+    is_real: Annotated[
+        bool, typer.Option("--real", help="Serve SmolLM2-135M-Instruct instead; needs the extra 'real'.")
+    ] = False,
     **values: Any,
 ) -> None:
     """Serve the embedded model and its soft prompts, run a tour of them, and print commands to try."""
-    from server.demo import tour  # noqa: PLC0415 - slow to import, like server.app
-
-    if _is_default(context, "store"):
-        values["store"] = None
-    values["served_model_name"] = values["served_model_name"] or tour.MODEL_NAME
+    is_temporary = _is_default(context, "store")
     # Show only the tour, unless a log was requested.
     is_quiet = _is_default(context, "log_level") and _is_default(context, "log_format")
     logs.configure("WARNING" if is_quiet else values["log_level"], values["log_format"])
-    with _errors_on_one_line(values["log_format"]), tour.store_directory(values["store"]) as store:
-        settings = settings_from(values | {"model": str(tour.MODEL_DIRECTORY), "revision": None, "store": store})
-        status = tour.run(settings, any_port=_is_default(context, "port"), exit_after=exit_, console=Console())
+    console = Console()
+    display = StartDisplay(console)
+    with _errors_on_one_line(values["log_format"]), display:
+        model, exhibit = real_exhibit(display) if is_real else (DEMO_MODEL, EMBEDDED)
+        values |= {"model": str(model), "revision": None}
+        values["served_model_name"] = values["served_model_name"] or (REAL_NAME if is_real else DEMO_NAME)
+        settings = settings_from(values)
+        with started_early(context, settings.engine) as process:
+            from server.demo import tour  # noqa: PLC0415 - slow to import, like server.app
+
+            with tour.store_directory(None if is_temporary else values["store"]) as store:
+                status = tour.run(
+                    replace(settings, store=replace(settings.store, location=store)),
+                    any_port=_is_default(context, "port"),
+                    exit_after=exit_,
+                    console=console,
+                    display=display,
+                    process=process,
+                    is_temporary=is_temporary,
+                    exhibit=exhibit,
+                )
     raise typer.Exit(status)
 
 
@@ -447,6 +449,7 @@ def demo(
 def key(
     tenant: Annotated[str | None, typer.Option(help="Tenant of the key; default: a separate tenant.")] = None,
     scope: Annotated[list[str] | None, typer.Option(help="Permission of the key; repeatable.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the key in history and logs.")] = None,
 ) -> None:
     """Create a random API key: print its hash (for a key file) to standard output, the key to standard error."""
     # Imported here because starlette is slow to import and client commands do not need it.
@@ -454,13 +457,13 @@ def key(
 
     secret, digest = new_key()
     with _errors_on_one_line():
-        line = describe_key(digest, tenant=tenant, scopes=scope or [])
+        line = describe_key(digest, tenant=tenant, scopes=scope or [], name=name)
     typer.echo(line)
     # Labelled on a terminal only: a file gets the bare key, as PRELUDE_API_KEY expects it.
     typer.echo(f"API key (not shown again): {secret}" if sys.stderr.isatty() else secret, err=True)
 
 
-for module in (commands, bulk, evaluation, training):
+for module in (commands, canary, edit, history, prune, transfer, bulk, doctor, evaluation, importers, training):
     app.add_typer(module.app)
 app.add_typer(store_commands.app)
 
@@ -468,7 +471,7 @@ app.add_typer(store_commands.app)
 def main() -> None:
     """Run the command line."""
     try:
-        app()
+        app(obj=OWN_PROCESS)
     except OSError as error:
         if error.errno not in _FULL:
             raise

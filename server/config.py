@@ -12,6 +12,9 @@ GenerationConfigUse = Literal["auto", "none"]
 EngineName = Literal["native", "vllm"]
 LogFormat = Literal["text", "json"]
 
+VLLM_VERSION = "0.32"
+"""The minor version of vLLM that its connector is tested with. Its interfaces differ between minor versions."""
+
 GPU_MEMORY_UTILIZATION = 0.9
 """Default of ``EngineSettings.gpu_memory_utilization``."""
 
@@ -34,6 +37,9 @@ class EngineSettings:
         enable_prefix_caching: Whether to keep full blocks of text for later sequences with the same beginning.
         num_threads: CPU threads for the model; None: all cores.
         soft_prompt_host_bytes: Host memory that caches unused, unpinned soft prompts.
+        adapter_host_bytes: Host memory for LoRA adapters, in use or not; requests wait for room.
+        adapter_device_bytes: Memory of a GPU for adapters, besides that of keys and values.
+        max_adapter_rank: Largest rank of an adapter.
         enforce_eager: Whether to run decode steps without CUDA graphs.
         generation_config: ``auto``: the checkpoint's ``generation_config.json`` sets defaults. ``none``: it only
             sets the end-of-sequence tokens.
@@ -44,6 +50,8 @@ class EngineSettings:
         pipeline_parallel_size: Number of groups of devices that have different layers.
         quantization: vLLM's name of a quantisation; None: the checkpoint's.
         engine_args: JSON object of further arguments of vLLM's engine.
+        max_loras: Adapters that may be loaded at once, each with memory for ``max_adapter_rank``; 0: none are served.
+        vllm_metrics: Whether ``/metrics`` has vLLM's own metrics, too.
     """
 
     model: str
@@ -59,6 +67,9 @@ class EngineSettings:
     enable_prefix_caching: bool = True
     num_threads: int | None = None
     soft_prompt_host_bytes: int = 256 * 1024 * 1024
+    adapter_host_bytes: int = 1024 * 1024 * 1024
+    adapter_device_bytes: int = 1024 * 1024 * 1024
+    max_adapter_rank: int = 256
     enforce_eager: bool = False
     generation_config: GenerationConfigUse = "auto"
     step_timeout: float = 120.0
@@ -68,6 +79,8 @@ class EngineSettings:
     pipeline_parallel_size: int = 1
     quantization: str | None = None
     engine_args: str | None = None
+    max_loras: int = 0
+    vllm_metrics: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +94,12 @@ class StoreSettings:
         cache_bytes: Maximum size of the local copies.
         max_upload_bytes: Maximum size of an uploaded file.
         retention_days: How long deleted versions can be restored, in days; 0: never.
+        base_alias: Further names of the base model, for the configurations of soft prompts.
         allow_other_base: Whether to accept soft prompts whose configuration names another base model.
         allow_float64: Whether to accept float64 files; they are rounded to the serving dtype.
-        preload: Soft prompts (``NAME`` or ``NAME@...``) to load onto the device at startup.
-        pin: Soft prompts to preload, and to keep in host memory and on the local disk.
+        adapter_dir: Directory from which clients may load adapters by path; None: no client may.
+        preload: Soft prompts and adapters (``NAME`` or ``NAME@...``) to load onto the device at startup.
+        pin: Soft prompts and adapters to preload, and to keep in host memory and on the local disk.
         pinned_bytes: Host memory for all pins; None: the same as ``soft_prompt_host_bytes``.
         tenant_pinned_bytes: Host memory for the pins of one tenant; None: half of ``pinned_bytes``, or all of it
             without API keys.
@@ -94,14 +109,21 @@ class StoreSettings:
     catalog_url: str | None = None
     cache_path: Path = Path("prelude-cache")
     cache_bytes: int = 10 * 1024**3
-    max_upload_bytes: int = 512 * 1024 * 1024
+    max_upload_bytes: int = 1024 * 1024 * 1024
     retention_days: float = 7.0
+    base_alias: tuple[str, ...] = ()
     allow_other_base: bool = False
     allow_float64: bool = False
+    adapter_dir: Path | None = None
     preload: tuple[str, ...] = ()
     pin: tuple[str, ...] = ()
     pinned_bytes: int | None = None
     tenant_pinned_bytes: int | None = None
+
+    @property
+    def local_path(self) -> Path:
+        """The directory on this server's disk: the store itself, or the local copies of an object store."""
+        return self.cache_path if "://" in self.location else Path(self.location)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +136,8 @@ class HttpSettings:
         api_key_file: API keys: one per line, or TOML or JSON with tenants and scopes (docs/security.md). Without keys
             every client is served.
         api_keys: API keys without a file; each has all permissions.
+        session_secret_file: A secret of at least 32 bytes, the same on all servers behind one address; the console's
+            sessions are then valid on all of them. None: each server keeps its sessions.
         allow_open: Whether to serve without keys on an address that other machines can reach.
         open_metrics: Whether ``/metrics`` needs no key.
         allow_origin: Origins (``scheme://host:port``) whose pages may call the server.
@@ -136,6 +160,7 @@ class HttpSettings:
     port: int = 8000
     api_key_file: Path | None = None
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    session_secret_file: Path | None = None
     allow_open: bool = False
     open_metrics: bool = False
     allow_origin: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-r"""Labelled examples in JSON Lines, for training and evaluation.
+r"""Labelled examples in JSON Lines, CSV, TSV, Parquet or a saved dataset, for training and evaluation.
 
 A row has one of three formats, and all rows of a file have the same::
 
@@ -15,12 +15,16 @@ before one is loaded.
 from __future__ import annotations
 
 import hashlib
+import io
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from server.csv_rows import DELIMITERS, read_csv_rows
 from server.errors import ServerError
-from server.json_lines import JsonLine, kind_of, read_json_lines
+from server.json_lines import JsonLine, json_lines_in, kind_of, read_json_lines
+from server.table_rows import TableError, data_files, is_table, read_table_rows
 
 MAX_FAULTS = 20
 """Maximum number of reported faults per file; the others are counted."""
@@ -113,10 +117,10 @@ FORM_NAMES: dict[type[Example], str] = {
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Read a file of examples, as ``read_json_lines`` does.
+    """Read a file of examples, as ``read_json_lines``, ``read_csv_rows`` or ``read_table_rows`` does.
 
     Args:
-        path: JSON Lines in UTF-8.
+        path: CSV, TSV or Parquet if its name ends so, a directory that ``datasets`` saved, otherwise JSON Lines.
 
     Returns:
         The examples in order, at least one, all of the same format.
@@ -124,24 +128,43 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         DatasetError: With every fault, or the reason why the file cannot be read.
     """
+    try:
+        return _examples(_lines(path), path)
+    except OSError as error:
+        raise DatasetError(path, [(0, f"cannot be read: {error.strerror or error}")]) from error
+    except TableError as error:
+        raise DatasetError(path, [(0, str(error))]) from error
+
+
+def parse_examples(data: bytes, name: str) -> list[Example]:
+    """Read examples in JSON Lines from memory.
+
+    Args:
+        data: The lines, in UTF-8.
+        name: What the data is called in errors.
+
+    Raises:
+        DatasetError: With every fault.
+    """
+    return _examples(json_lines_in(io.BytesIO(data)), Path(name))
+
+
+def _examples(lines: Iterable[JsonLine], path: Path) -> list[Example]:
     examples: list[Example] = []
     faults: list[tuple[int, str]] = []
     num_faults = 0
     first: Example | None = None
-    try:
-        for line in read_json_lines(path):
-            try:
-                example = _example(line)
-                if first is None:
-                    first = example
-                _same_form(example, first)
-                examples.append(example)
-            except _FaultError as fault:
-                num_faults += 1
-                if len(faults) < MAX_FAULTS:
-                    faults.append((line.number, str(fault)))
-    except OSError as error:
-        raise DatasetError(path, [(0, f"cannot be read: {error.strerror or error}")]) from error
+    for line in lines:
+        try:
+            example = _example(line)
+            if first is None:
+                first = example
+            _same_form(example, first)
+            examples.append(example)
+        except _FaultError as fault:
+            num_faults += 1
+            if len(faults) < MAX_FAULTS:
+                faults.append((line.number, str(fault)))
     if num_faults:
         raise DatasetError(path, faults, num_faults)
     if not examples:
@@ -155,16 +178,30 @@ def form_of(examples: list[Example]) -> type[Example]:
 
 
 def digest(path: Path) -> str:
-    """The file's SHA-256, in lower-case hexadecimal.
+    """The file's SHA-256, in lower-case hexadecimal; of a saved dataset, that of its data files' digests in order.
 
     Raises:
         DatasetError: If it cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        if path.is_dir():
+            return hashlib.sha256("".join(map(_file_digest, data_files(path))).encode()).hexdigest()
+        return _file_digest(path)
     except OSError as error:
         raise DatasetError(path, [(0, f"cannot be read: {error.strerror or error}")]) from error
+    except TableError as error:
+        raise DatasetError(path, [(0, str(error))]) from error
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _lines(path: Path) -> Iterator[JsonLine]:
+    if is_table(path):
+        return read_table_rows(path)
+    return read_csv_rows(path) if path.suffix.lower() in DELIMITERS else read_json_lines(path)
 
 
 class _FaultError(Exception):

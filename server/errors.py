@@ -5,7 +5,8 @@ ServerError
 ├── InvalidRequestError      the request is invalid; names the field
 │   ├── ContextLengthError   text, soft prompt and new tokens exceed the context
 │   ├── PayloadTooLargeError the body exceeds its size limit
-│   └── MediaTypeError       the body's content type is not supported
+│   ├── MediaTypeError       the body's content type is not supported
+│   └── WrongAdapterError    the soft prompt was trained over another adapter
 ├── AuthenticationError      the API key is missing or unknown
 ├── PermissionDeniedError    the API key lacks a scope
 ├── CrossOriginError         a web page of another origin sent the request
@@ -33,7 +34,7 @@ ServerError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class ServerError(Exception):
@@ -43,7 +44,10 @@ class ServerError(Exception):
         message: For people.
         param: The request field that caused the error, if any.
         retry_after: Seconds after which a retry may succeed, if known.
+        details: All faults, for errors that can have several; each has a code and a message.
     """
+
+    details: Sequence[Mapping[str, object]] | None = None
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -70,6 +74,10 @@ class PayloadTooLargeError(InvalidRequestError):
 
 class MediaTypeError(InvalidRequestError):
     """The path does not support the body's content type."""
+
+
+class WrongAdapterError(InvalidRequestError):
+    """The soft prompt was trained over another adapter than the request names."""
 
 
 class AuthenticationError(ServerError):

@@ -47,20 +47,25 @@ def read_json_lines(path: Path, *, skip: int = 0) -> Iterator[JsonLine]:
         OSError: If the file cannot be read.
     """
     with path.open("rb") as file:
-        for index, (number, line) in enumerate(_lines(file)):
-            if index < skip:
-                continue
-            if line is None:
-                yield JsonLine(number, {}, f"the line is longer than {MAX_LINE_BYTES} bytes")
-                continue
-            try:
-                fields = _parse(line)
-            except ValueError as error:
-                # Python's advice on integers of too many digits is for programmers.
-                fault = str(error).partition("; use sys.set_int_max_str_digits")[0]
-                yield JsonLine(number, {}, fault, num_bytes=len(line))
-            else:
-                yield JsonLine(number, fields, None, line.strip(), len(line))
+        yield from json_lines_in(file, skip=skip)
+
+
+def json_lines_in(file: BinaryIO, *, skip: int = 0) -> Iterator[JsonLine]:
+    """Read the lines of an open file as ``read_json_lines`` does."""
+    for index, (number, line) in enumerate(_lines(file)):
+        if index < skip:
+            continue
+        if line is None:
+            yield JsonLine(number, {}, f"the line is longer than {MAX_LINE_BYTES} bytes")
+            continue
+        try:
+            fields = _parse(line)
+        except ValueError as error:
+            # Python's advice on integers of too many digits is for programmers.
+            fault = str(error).partition("; use sys.set_int_max_str_digits")[0]
+            yield JsonLine(number, {}, fault, num_bytes=len(line))
+        else:
+            yield JsonLine(number, fields, None, line.strip(), len(line))
 
 
 def count_lines(path: Path) -> int:

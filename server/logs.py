@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from types import TracebackType
+from typing import TextIO
 
 from server.config import LogFormat
 
@@ -49,6 +50,15 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to ``sys.stderr`` as it is when a line is written, because a progress display replaces it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def configure(level: str, form: LogFormat, *, process: str = "") -> None:
     """Log to standard error.
 
@@ -57,7 +67,7 @@ def configure(level: str, form: LogFormat, *, process: str = "") -> None:
         form: Format of a line.
         process: Name of the process in text lines.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StandardError()
     if form == "json":
         handler.setFormatter(JsonFormatter())
         sys.excepthook = _log_crash
@@ -74,11 +84,15 @@ def configure(level: str, form: LogFormat, *, process: str = "") -> None:
         logging.getLogger(name).setLevel(logging.NOTSET if level == "DEBUG" else logging.WARNING)
 
 
+def is_json() -> bool:
+    """Whether this process logs JSON."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
+
+
 def variables() -> dict[str, str]:
     """Environment variables that make a child process log as this process does."""
-    root = logging.getLogger()
-    is_json = any(isinstance(handler.formatter, JsonFormatter) for handler in root.handlers)
-    return {LEVEL_VARIABLE: logging.getLevelName(root.level), FORMAT_VARIABLE: "json" if is_json else "text"}
+    level = logging.getLevelName(logging.getLogger().level)
+    return {LEVEL_VARIABLE: level, FORMAT_VARIABLE: "json" if is_json() else "text"}
 
 
 def configure_from_variables(process: str) -> None:

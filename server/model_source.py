@@ -29,11 +29,18 @@ logger = logging.getLogger(__name__)
 
 _MODEL_CONFIG = "config.json"
 
-_ANSWER_SECONDS = 5.0
-_CHECK_SECONDS = 10.0
+_ANSWER_SECONDS = 4.0
+_CHECK_SECONDS = 5.0
 """Timeout of the whole check. The lookup of a host name has no configurable timeout."""
 
 _MAX_FOLDERS = 200
+
+GGUF = ".gguf"
+
+_NO_GGUF = (
+    "Prelude loads the safetensors that GGUF files are converted from. Give the hub id or the directory of the "
+    "original checkpoint"
+)
 
 _LOG_IN = "log in (hf auth login, or HF_TOKEN)"
 
@@ -63,6 +70,8 @@ def locate(model: str, revision: str | None = None) -> str:
     except (OSError, ValueError) as error:  # a name too long for a path, or a directory that may not be read
         reason = getattr(error, "strerror", None) or error
         raise ConfigurationError(f"the model {model[:200]!r} cannot be read: {reason}") from error
+    if path.suffix.lower() == GGUF:
+        raise ConfigurationError(f"the model {model!r} is a GGUF file: {_NO_GGUF}")
     if is_file:
         raise ConfigurationError(
             f"the model {model!r} is a file: give the directory that contains it and {_MODEL_CONFIG}"
@@ -89,6 +98,8 @@ def _check_directory(path: Path) -> None:
         raise ConfigurationError(
             f"{text}: it is an adapter. Serve its base model, and upload the adapter with prelude push {path}"
         )
+    if any(path.glob(f"*{GGUF}")):
+        raise ConfigurationError(f"{text} but a GGUF file: {_NO_GGUF}")
     inner = sorted(folder for folder in islice(path.iterdir(), _MAX_FOLDERS) if (folder / _MODEL_CONFIG).is_file())
     if inner:
         raise ConfigurationError(f"{text}; {inner[0]} has one")
@@ -109,7 +120,7 @@ def _on_the_hub(model: str, revision: str | None) -> str:
             return model
         raise ConfigurationError(
             f"the model {named} does not exist: no such directory, and it is not in the hub's cache "
-            f"({constants.HF_HUB_CACHE}). Give a directory, or unset HF_HUB_OFFLINE to look it up"
+            f"({constants.HF_HUB_CACHE}). Give a directory, or unset HF_HUB_OFFLINE to look it up{_hint(model)}"
         )
     try:
         _check_hub(hf_hub_url(model, _MODEL_CONFIG, revision=revision))
@@ -125,17 +136,25 @@ def _on_the_hub(model: str, revision: str | None) -> str:
     except RepositoryNotFoundError as error:
         raise ConfigurationError(
             f"the model {named} does not exist: no such directory, and {constants.ENDPOINT} does not have it or "
-            f"hides it. Check the spelling, give a directory, or {_LOG_IN}"
+            f"hides it. Check the spelling, give a directory, or {_LOG_IN}{_hint(model)}"
         ) from error
     except _UnreachableError as error:
         if found is None:
             raise ConfigurationError(
                 f"the model {named} does not exist: no such directory, not in the hub's cache, and "
                 f"{constants.ENDPOINT} cannot be reached ({error}). Give a directory, or check the network"
+                f"{_hint(model)}"
             ) from error
         logger.warning("%s cannot be reached (%s); loading %s from the hub's cache", constants.ENDPOINT, error, model)
         return str(found)
     return model
+
+
+def _hint(model: str) -> str:
+    """What else a name without an owner may be, for the end of a message."""
+    if "/" in model:
+        return ""
+    return f". If a server gives its model the name {model!r}, give the hub id or directory that it was loaded from"
 
 
 def _check_hub(url: str) -> None:

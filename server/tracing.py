@@ -123,6 +123,8 @@ def _attributes(record: RequestRecord) -> Mapping[str, str | int | float | list[
         "gen_ai.latency.e2e": record.total_seconds,
         "http.request.method": record.method,
         "http.response.status_code": record.status,
+        "prelude.adapter.name": record.adapter,
+        "prelude.adapter.version": record.adapter_version,
         "prelude.outcome": record.outcome,
         "prelude.prompt.name": record.prompt,
         "prelude.prompt.version": record.version,

@@ -7,13 +7,16 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+import typer.testing
 from hypothesis import settings
 
-pytest_plugins = ["tests.support.api_fixtures", "tests.support.demo_server"]
+pytest_plugins = ["tests.support.api_fixtures", "tests.support.adapter_fixtures", "tests.support.demo_server"]
 
 SLOW_FOLDERS = [Path(__file__).parent / name for name in ("clients", "docker", "e2e")]
 """Folders whose tests start processes."""
@@ -21,6 +24,10 @@ SLOW_FOLDERS = [Path(__file__).parent / name for name in ("clients", "docker", "
 # A busy machine must not fail a test.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
+
+# Tests call hundreds of commands and create hundreds of clients: what each would build again is built once.
+for _module, _name in ((typer.testing, "_get_command"), (httpx._transports.default, "create_ssl_context")):
+    setattr(_module, _name, cache(getattr(_module, _name)))
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell without job control starts background commands so, and their children ignore Ctrl-C, too.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ runner = CliRunner()
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """Replaces the server by a list of the settings that ``serve`` was started with."""
     seen: list[Settings] = []
-    monkeypatch.setattr(server_app, "run", seen.append)
+    monkeypatch.setattr(server_app, "run", lambda settings, *_: seen.append(settings))
     return seen
 
 
@@ -127,7 +128,7 @@ def test_usage_errors_are_status_2(started: list[Settings], line: str) -> None:
 
 
 def test_a_server_that_cannot_start_is_status_1_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         raise EngineStartError("no such\nmodel")
 
     monkeypatch.setattr(server_app, "run", fail)
@@ -224,3 +225,23 @@ def test_help_lists_the_commands() -> None:
     commands = ("serve", "demo", "push", "pull", "list", "show", "promote", "rollback", "rm", "inspect", "warm")
     for command in commands:
         assert command in result.output
+
+
+def test_the_version_is_printed() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output == f"prelude {metadata.version('prelude-server')}\n"
+
+
+@pytest.mark.parametrize("command", ["serve", "demo"])
+def test_help_at_80_columns_shows_every_flag_and_variable_whole(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}, terminal_width=80)
+    lines = result.output.splitlines()
+    assert max(map(len, lines)) <= 80
+    for flag in FLAGS:
+        if command == "serve" or flag.name not in {"model", "revision"}:
+            assert f"--{flag.name.replace('_', '-')}" in result.output
+            assert flag.variable in result.output
+    headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings[:4] == ["Model and engine:", "Soft prompts and their store:", "HTTP:", "Names, logs and traces:"]
+    assert ("required]" in result.output) == (command == "serve")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import typer
 
-from server.cli import FLAGS, parse_bytes, settings_from
+from server.cli import FLAGS, settings_from
+from server.command_line.flags import parse_bytes
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
 
 

@@ -125,7 +125,10 @@ def test_a_file_without_rows_is_a_fault_of_the_file(tmp_path: Path, content: byt
 
 
 def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
-    for path, reason in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+    for path, reason in (
+        (tmp_path / "none", "No such file"),
+        (tmp_path, "is a directory, but none that save_to_disk"),
+    ):
         with pytest.raises(DatasetError, match=reason):
             read_examples(path)
         with pytest.raises(DatasetError, match=reason):

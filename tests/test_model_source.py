@@ -192,6 +192,29 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     assert "is a file" in refused(str(tmp_path / "model.safetensors"))
 
 
+@pytest.mark.parametrize("name", ["m-Q4_K_M.gguf", "M.GGUF"])
+def test_gguf_is_explained(tmp_path: Path, name: str) -> None:
+    assert "the safetensors that GGUF files are converted from" in refused(str(tmp_path / "missing" / name))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert "is a GGUF file" in refused(str(tmp_path / "m.gguf"))
+    assert "has no config.json but a GGUF file" in refused(str(tmp_path))
+
+
+def test_the_name_that_a_server_gives_its_model_is_explained(
+    hub: type[Hub], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = "If a server gives its model the name 'llama', give the hub id or directory"
+    hub.status, hub.headers_sent = 404, {"X-Error-Code": "RepoNotFound"}
+    assert words in refused("llama")
+    assert "If a server" not in refused("org/llama")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert words in refused("llama")
+
+
+def test_a_hub_out_of_reach_costs_at_most_five_seconds() -> None:
+    assert model_source._ANSWER_SECONDS < model_source._CHECK_SECONDS <= 5
+
+
 def test_serve_ends_before_anything_is_loaded(nowhere: None, tmp_path: Path) -> None:
     line = ["serve", "--model", "org/name", "--port", "0", "--store", str(tmp_path / "store")]
     result = CliRunner().invoke(app, line)

@@ -94,6 +94,7 @@ def vllm_process(
     max_num_seqs: int,
     kv_cache_gib: int = 2,
     steps_on_call: bool = False,
+    lora: tuple[int, int] | None = None,
 ) -> Iterator[VllmProcess]:
     """Start vLLM without prefix caching.
 
@@ -104,6 +105,7 @@ def vllm_process(
         max_num_seqs: Maximum number of sequences in one step.
         kv_cache_gib: Size of the key/value cache.
         steps_on_call: Whether a step is computed only when it is called, as ``token_times`` needs it.
+        lora: Number of adapters in one step, and their largest rank; None for a process without adapters.
     """
     environment = {
         **os.environ,
@@ -111,10 +113,11 @@ def vllm_process(
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if steps_on_call else "1",
     }
+    numbers = (max_num_seqs, *(lora or ()))
     folder = Path(tempfile.mkdtemp(prefix="vllm", dir=model_folder.parent))
     with log_file(folder).open("w") as log:
         process = subprocess.Popen(
-            [python.absolute(), "-m", "benchmarks.peers.vllm_cpu", model_folder, dtype, str(max_num_seqs)],
+            [python.absolute(), "-m", "benchmarks.peers.vllm_cpu", model_folder, dtype, *map(str, numbers)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -11,7 +11,7 @@ from benchmarks.peers.token_times import TokenTimes, measure_token_times
 from benchmarks.peers.vllm_process import VllmProcess
 from benchmarks.workload import make_texts
 from server.engine.llm_engine import LLMEngine
-from server.engine.types import GenerateRequest, SamplingParams, SoftPromptSource
+from server.engine.types import AdapterSource, GenerateRequest, SamplingParams, SoftPromptSource
 
 DECODE_TEXT = 64
 """Number of text tokens of each running decode."""
@@ -45,19 +45,29 @@ class EngineStepper:
     Args:
         engine: An engine without work.
         sources: Soft prompts that the requests use in turn; empty for none.
+        adapters: Adapters that the requests use in turn; empty for none.
     """
 
-    def __init__(self, engine: LLMEngine, sources: Sequence[SoftPromptSource]) -> None:
-        self._engine, self._sources = engine, sources
+    def __init__(
+        self, engine: LLMEngine, sources: Sequence[SoftPromptSource], adapters: Sequence[AdapterSource] = ()
+    ) -> None:
+        self._engine, self._sources, self._adapters = engine, sources, adapters
         self._num_requests = 0
 
     def add(self, request_id: str, token_ids: list[int], max_tokens: int) -> None:
         """Add a request that ends after ``max_tokens`` tokens."""
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         source = self._sources[self._num_requests % len(self._sources)] if self._sources else None
+        adapter = self._adapters[self._num_requests % len(self._adapters)] if self._adapters else None
         self._num_requests += 1
         refused = self._engine.add(
-            GenerateRequest(request_id=request_id, prompt_token_ids=token_ids, params=params, soft_prompt=source)
+            GenerateRequest(
+                request_id=request_id,
+                prompt_token_ids=token_ids,
+                params=params,
+                soft_prompt=source,
+                adapter=adapter,
+            )
         )
         if refused:
             raise RuntimeError(refused[0].failure)

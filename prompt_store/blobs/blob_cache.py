@@ -83,6 +83,11 @@ class BlobCache:
             self._counters.count("misses")
         return None
 
+    def has(self, digest: str) -> bool:
+        """Whether there is a copy; this is no use of it, and the copy may be damaged."""
+        with self._lock:
+            return digest in self._copies
+
     def new_file(self) -> Path:
         """An empty file for ``admit``; the caller writes it, and removes it if the transfer fails."""
         descriptor, name = tempfile.mkstemp(dir=self._incoming)

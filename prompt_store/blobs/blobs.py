@@ -131,6 +131,10 @@ class BlobStore(ABC):
         """
 
     @abstractmethod
+    def has_local(self, digest: str) -> bool:
+        """Whether its bytes are on the local disk; they are not read, so they may be damaged."""
+
+    @abstractmethod
     def pin(self, digest: str) -> None:
         """Keep the local copy, present or future, until each ``pin`` is matched by an ``unpin``."""
 
@@ -263,6 +267,10 @@ class BlobDirectory(BlobStore):
             raise BlobNotFoundError(f"blob {digest} is missing from {self._blobs}")
         self._counters.count("hits")
         return self.path(digest)
+
+    def has_local(self, digest: str) -> bool:
+        """Whether there is such a file."""
+        return self.path(digest).exists()
 
     def pin(self, digest: str) -> None:
         """Protect the file from ``delete``."""

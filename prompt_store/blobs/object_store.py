@@ -153,6 +153,10 @@ class ObjectBlobs(BlobStore):
             result: GetResult = obstore.get(self._store, _key(digest))
             yield from checked_chunks(map(bytes, result.stream(min_chunk_size=CHUNK_BYTES)), digest, size)
 
+    def has_local(self, digest: str) -> bool:
+        """Whether the cache has a copy."""
+        return self._cache.has(digest)
+
     def pin(self, digest: str) -> None:
         """Keep the local copy, present or future, until each ``pin`` is matched by an ``unpin``."""
         self._cache.pin(digest)

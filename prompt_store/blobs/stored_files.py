@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prompt_store.errors import CorruptBlobError, StoreUnavailableError
-from prompt_store.types import WEIGHTS_FILE, PromptVersion, StoredFile
+from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, PromptKind, PromptVersion, StoredFile
 
 
 @contextmanager
@@ -25,6 +25,20 @@ def weights_of(version: PromptVersion) -> StoredFile:
     if file is None:
         raise CorruptBlobError(f"{version.name}@{version.version} has no weights")
     return file
+
+
+def files_in_use(version: PromptVersion) -> list[StoredFile]:
+    """The files that serving reads: the weights, and the configuration of an adapter, which has its scales.
+
+    Raises:
+        CorruptBlobError: If the version lacks one.
+    """
+    if version.kind is PromptKind.SOFT_PROMPT:
+        return [weights_of(version)]
+    config = version.file(CONFIG_FILE)
+    if config is None:
+        raise CorruptBlobError(f"{version.name}@{version.version} has no configuration")
+    return [weights_of(version), config]
 
 
 def version_digest(files: tuple[StoredFile, ...]) -> str:

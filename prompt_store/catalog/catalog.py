@@ -12,24 +12,23 @@ from contextlib import contextmanager
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from prompt_store.catalog import deletion, lookups, records
+from prompt_store.catalog import deletion, lookups, records, transfer, usage
 from prompt_store.catalog.change import Change, lock_blobs, now
 from prompt_store.catalog.database import Database, Listener
 from prompt_store.catalog.lookups import live
+from prompt_store.catalog.over import require_adapter
 from prompt_store.catalog.records import NewVersion, Prompt
 from prompt_store.catalog.schema import blobs, history, prompts, state, tags, versions
-from prompt_store.errors import PromptConflictError, PromptNotFoundError
+from prompt_store.changes import By, Deletion, HistoryAction, HistoryEntry, ImportedVersion, Restoration
+from prompt_store.errors import PromptConflictError, PromptNotFoundError, StoreUnavailableError
+from prompt_store.rollouts import NO_ROLLOUT, Rollout
 from prompt_store.types import (
     DEFAULT_ALIAS,
-    SHARED,
     Access,
-    Deletion,
-    HistoryAction,
-    HistoryEntry,
+    PromptKind,
     PromptRef,
     PromptSummary,
     PromptVersion,
-    Restoration,
     StoredFile,
     StoreTotals,
 )
@@ -72,14 +71,19 @@ class Catalog:
 
     def resolve(self, ref: PromptRef, access: Access | None = None) -> PromptVersion:
         """The version that a reference names now; PromptNotFoundError if there is none."""
+        return self.look_up(ref, access)[0]
+
+    def look_up(self, ref: PromptRef, access: Access | None = None) -> tuple[PromptVersion, Rollout]:
+        """The version that a reference names now, and the rollout of its alias; raises what ``resolve`` does."""
         with self._database.reading() as connection:
             prompt = lookups.find(connection, ref.name, access)
-            version = ref.version
+            if ref.version is not None:
+                return lookups.version_of(connection, prompt, ref.version), NO_ROLLOUT
+            alias = ref.alias or DEFAULT_ALIAS
+            version = lookups.alias_target(connection, prompt, alias)
             if version is None:
-                version = lookups.alias_target(connection, prompt, ref.alias or DEFAULT_ALIAS)
-                if version is None:
-                    raise lookups.alias_not_found(connection, prompt, ref.alias or DEFAULT_ALIAS)
-            return lookups.version_of(connection, prompt, version)
+                raise lookups.alias_not_found(connection, prompt, alias)
+            return lookups.version_of(connection, prompt, version), lookups.rollout_of(connection, prompt, alias)
 
     def get_prompt(self, name: str, access: Access | None = None) -> PromptSummary:
         """A soft prompt with its aliases and newest version; PromptNotFoundError if there is none."""
@@ -87,29 +91,48 @@ class Catalog:
             return records.summaries(connection, [lookups.find(connection, name, access).id])[0]
 
     def list_prompts(
-        self, limit: int, after: str | None, tag: str | None, access: Access | None = None
+        self,
+        limit: int,
+        after: str | None,
+        tag: str | None,
+        access: Access | None = None,
+        kind: PromptKind | None = None,
+        unused_since: int | None = None,
     ) -> tuple[list[PromptSummary], bool]:
-        """Soft prompts by name, after the name ``after``, which need not exist; and whether there are more."""
-        visible = sa.true() if access is None else prompts.c.owner.in_((SHARED, access.tenant))
-        query = sa.select(prompts.c.id).where(prompts.c.num_versions > 0, visible)
+        """Soft prompts by name, after the name ``after``, which need not exist; and whether there are more.
+
+        Args:
+            limit: Maximum number.
+            after: The name that the page follows.
+            tag: Only names with a version with this tag.
+            access: What the caller may see.
+            kind: Only names that have a version of it; any version of the name may be the newest.
+            unused_since: Only names of which no version was published or used since then (microseconds, UTC).
+        """
+        of_kind = sa.true() if kind is None else versions.c.kind == kind.value
+        query = sa.select(prompts.c.id).where(prompts.c.num_versions > 0, lookups.visible(prompts.c.owner, access))
+        if kind is not None:
+            query = query.where(prompts.c.id.in_(sa.select(versions.c.prompt_id).where(of_kind, live)))
         if tag is not None:
             # The index on (tag, name) gives the names of one page in order, whatever the number of tagged names.
             tagged = (
                 sa.select(tags.c.name)
                 .join(versions, versions.c.id == tags.c.version_id)
-                .where(tags.c.tag == tag, live)
+                .where(tags.c.tag == tag, live, of_kind)
             )
             if access is not None:
                 owned = prompts.alias()
-                tagged = tagged.join(owned, owned.c.name == tags.c.name).where(
-                    owned.c.owner.in_((SHARED, access.tenant))
-                )
+                tagged = tagged.join(owned, owned.c.name == tags.c.name).where(lookups.visible(owned.c.owner, access))
             if after is not None:
                 tagged = tagged.where(tags.c.name > after)
-            names = tagged.distinct().order_by(tags.c.name).limit(limit + 1)
+            names = tagged.distinct()
+            if unused_since is None:
+                names = names.order_by(tags.c.name).limit(limit + 1)
             query = query.where(prompts.c.name.in_(names.scalar_subquery()))
         elif after is not None:
             query = query.where(prompts.c.name > after)
+        if unused_since is not None:
+            query = query.where(usage.is_unused(unused_since))
         with self._database.reading() as connection:
             ids = connection.execute(query.order_by(prompts.c.name).limit(limit + 1)).scalars().all()
             return records.summaries(connection, ids[:limit]), len(ids) > limit
@@ -158,10 +181,14 @@ class Catalog:
             prompts.c.num_versions > 0
         )
         files = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(blobs.c.size), 0)).select_from(blobs)
+        adapters = sa.select(sa.func.count(sa.distinct(versions.c.prompt_id))).where(
+            versions.c.peft_type.in_(("LORA", "IA3")), versions.c.deleted_at.is_(None)
+        )
         with self._database.reading() as connection:
             num_prompts, num_versions = connection.execute(names).one()
             num_blobs, blob_bytes = connection.execute(files).one()
-        return StoreTotals(int(num_prompts), int(num_versions), int(num_blobs), int(blob_bytes))
+            num_adapters = connection.execute(adapters).scalar_one()
+        return StoreTotals(int(num_prompts), int(num_versions), int(num_blobs), int(blob_bytes), int(num_adapters))
 
     def revision(self) -> int:
         """Number of changes so far."""
@@ -198,18 +225,36 @@ class Catalog:
             for _, row in sorted(values.items()):
                 connection.execute(statement, row)
 
-    def publish(self, new: NewVersion, alias: str | None, actor: str | None = None) -> tuple[PromptVersion, bool]:
+    def publish(
+        self, new: NewVersion, alias: str | None, actor: By = None, imported: ImportedVersion | None = None
+    ) -> tuple[PromptVersion, bool]:
         """Record a version whose blobs are stored, and point an alias at it.
 
+        Args:
+            new: The version.
+            alias: The alias; None moves none.
+            actor: Who publishes.
+            imported: Number and time of a version of another store; no alias is moved.
+
         Returns:
-            The version, and whether it is new: the same files under the same name are the existing version.
+            The version, and whether it is new: the same files under the same name, over the same adapter, are the
+            existing version.
 
         Raises:
             BlobsGoneError: If its blobs were collected since they were reserved.
+            InvalidPromptError: If there is no adapter that ``over`` names.
             PromptConflictError: If the name belongs, or belonged, to another owner.
+            StoreUnavailableError: If it is an adapter, and a release that cannot read it uses the catalog.
         """
-        with self._changing(actor) as change:
+        with self.changing(actor) as change:
             connection = change.connection
+            if new.over is not None:
+                require_adapter(connection, new.over, new.owner)
+            if new.kind is PromptKind.ADAPTER and self._database.has_older_clients(connection):
+                raise StoreUnavailableError(
+                    "replicas of an older release use this catalog, and could not list its soft prompts any more; "
+                    "publish adapters when all replicas have this release"
+                )
             digests = {file.sha256 for file in new.files}
             lock_blobs(connection, digests)
             named = connection.execute(
@@ -217,6 +262,8 @@ class Catalog:
             ).rowcount
             if named != len(digests):
                 raise BlobsGoneError
+            if imported is not None:
+                return transfer.import_version(change, new, imported)
             prompt = lookups.publishable_prompt(connection, new.name, new.owner)
             if prompt is None:
                 values = {"name": new.name, "owner": new.owner, "last_version": 0, "num_versions": 0}
@@ -224,13 +271,17 @@ class Catalog:
             # There can be two: a restored version, and the same bytes uploaded again while it was deleted.
             version: int | None = connection.execute(
                 sa.select(sa.func.max(versions.c.version)).where(
-                    versions.c.prompt_id == prompt.id, versions.c.digest == new.digest, live
+                    versions.c.prompt_id == prompt.id,
+                    versions.c.digest == new.digest,
+                    versions.c.over == new.over,  # IS NULL for None
+                    live,
                 )
             ).scalar_one()
             is_new = version is None
             if version is None:
                 version = prompt.last_version + 1
-                records.record(connection, prompt.id, version, new, created_at=change.at, created_by=actor)
+                by = change.actor.id
+                records.record(connection, prompt.id, version, new, created_at=change.at, created_by=by)
                 connection.execute(
                     prompts.update()
                     .where(prompts.c.id == prompt.id)
@@ -247,30 +298,34 @@ class Catalog:
         alias: str,
         version: int,
         expected_version: int | None,
-        actor: str | None = None,
+        actor: By = None,
         access: Access | None = None,
+        rollout: Rollout = NO_ROLLOUT,
     ) -> None:
-        """Point an alias at a version.
+        """Point an alias at a version, and start, change or end its rollout.
 
         Raises:
-            PromptNotFoundError: If there is no such version.
+            PromptNotFoundError: If there is no such version, also of the rollout.
             PromptConflictError: If ``expected_version`` is given and the alias does not point there.
+            ValueError: If the rollout names the version itself.
         """
-        with self._changing(actor) as change:
+        rollout.check(version)
+        with self.changing(actor) as change:
             prompt = lookups.find(change.connection, name, access, to_change=True)
-            lookups.require_version(change.connection, prompt, version)
+            for number in (version, *sorted(rollout.versions)):
+                lookups.require_version(change.connection, prompt, number)
             lookups.require_target(change.connection, prompt, alias, expected_version)
-            change.move_alias(prompt, alias, version, HistoryAction.PROMOTE)
+            change.move_alias(prompt, alias, version, HistoryAction.PROMOTE, rollout)
 
     def rollback(
         self,
         name: str,
         alias: str,
         expected_version: int | None,
-        actor: str | None = None,
+        actor: By = None,
         access: Access | None = None,
     ) -> int:
-        """Undo the last promotion of an alias.
+        """End the canaries of an alias; if it has none, undo its last promotion.
 
         Another rollback undoes the promotion before it. Versions deleted meanwhile are skipped.
 
@@ -281,13 +336,16 @@ class Catalog:
             PromptNotFoundError: If there is no such alias.
             PromptConflictError: If there is no earlier version, or the alias is not at ``expected_version``.
         """
-        with self._changing(actor) as change:
+        with self.changing(actor) as change:
             connection = change.connection
             prompt = lookups.find(connection, name, access, to_change=True)
             current = lookups.alias_target(connection, prompt, alias)
             if current is None:
                 raise lookups.alias_not_found(connection, prompt, alias)
             lookups.require_target(connection, prompt, alias, expected_version)
+            if lookups.rollout_of(connection, prompt, alias).canaries:
+                change.move_alias(prompt, alias, current, HistoryAction.ROLLBACK)
+                return current
             earlier = lookups.earlier_versions(connection, name, alias)
             while earlier:
                 version = earlier.pop()
@@ -298,9 +356,9 @@ class Catalog:
                 f"alias {alias!r} of {name!r} points at {current}, and there is no earlier version to go back to"
             )
 
-    def delete_alias(self, name: str, alias: str, actor: str | None = None, access: Access | None = None) -> None:
+    def delete_alias(self, name: str, alias: str, actor: By = None, access: Access | None = None) -> None:
         """Remove an alias; PromptNotFoundError if there is none."""
-        with self._changing(actor) as change:
+        with self.changing(actor) as change:
             prompt = lookups.find(change.connection, name, access, to_change=True)
             previous = lookups.alias_target(change.connection, prompt, alias)
             if previous is None:
@@ -308,17 +366,23 @@ class Catalog:
             change.remove_alias(prompt, alias, previous)
 
     def delete_version(
-        self, name: str, version: int, *, force: bool = False, actor: str | None = None, access: Access | None = None
+        self,
+        name: str,
+        version: int,
+        *,
+        force: bool = False,
+        actor: By = None,
+        access: Access | None = None,
     ) -> Deletion:
         """Delete one version; raises what ``deletion.delete_version`` does."""
-        with self._changing(actor) as change:
+        with self.changing(actor) as change:
             return deletion.delete_version(change, name, version, access, force=force)
 
     def delete_prompt(
-        self, name: str, *, force: bool = False, actor: str | None = None, access: Access | None = None
+        self, name: str, *, force: bool = False, actor: By = None, access: Access | None = None
     ) -> Deletion:
         """Delete all versions and aliases of a name; raises what ``deletion.delete_prompt`` does."""
-        with self._changing(actor) as change:
+        with self.changing(actor) as change:
             return deletion.delete_prompt(change, name, access, force=force)
 
     def restore(
@@ -327,17 +391,17 @@ class Catalog:
         version: int | None,
         *,
         deleted_after: int,
-        actor: str | None = None,
+        actor: By = None,
         access: Access | None = None,
     ) -> Restoration:
         """Undo the last deletion of a name, or that of one version; raises what ``deletion.restore`` does."""
-        with self._changing(actor) as change:
+        with self.changing(actor) as change:
             return deletion.restore(change, name, version, access, deleted_after=deleted_after)
 
     def forget_deleted(self, before: int) -> None:
         """Give up the files of versions deleted before a time (microseconds, UTC), which then cannot be restored."""
         if deletion.has_forgettable(self._database, before):
-            with self._changing(None) as change:
+            with self.changing(None) as change:
                 deletion.forget(change, before)
 
     @contextmanager
@@ -366,7 +430,20 @@ class Catalog:
                 connection.execute(blobs.delete().where(blobs.c.sha256.in_(digests)))
 
     @contextmanager
-    def _changing(self, actor: str | None) -> Iterator[Change]:
+    def reading(self) -> Iterator[sa.Connection]:
+        """A connection that sees one state of the catalog."""
+        with self._database.reading() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """A transaction that changes no name, such as one that adds to counters."""
+        with self._database.writing() as connection:
+            yield connection
+
+    @contextmanager
+    def changing(self, actor: By) -> Iterator[Change]:
+        """A transaction that changes names, committed unless the block raises."""
         with self._database.writing() as connection:
             # On SQLite, FOR UPDATE has no effect, and BEGIN IMMEDIATE has locked everything.
             revision = connection.execute(_revision.with_for_update()).scalar_one()

@@ -10,6 +10,7 @@ import logging
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -29,6 +30,10 @@ STATEMENT_SECONDS = 30
 
 _MIGRATION_LOCK = 0x7072656C756465
 """The advisory lock of PostgreSQL for migrations: replicas may start at the same time."""
+
+_APPLICATION = "prelude/adapters"
+_OLDER_APPLICATION = "prelude"
+"""The name of the connections of releases that cannot read adapters."""
 
 _UNAVAILABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError, sa.exc.InternalError)
 
@@ -130,10 +135,17 @@ class Database:
     def schema_revision(self) -> str:
         """The revision of the tables; empty if there are none."""
         with self.reading() as connection:
-            return MigrationContext.configure(connection).get_current_revision() or ""
+            return _revision(connection)
+
+    def has_older_clients(self, connection: sa.Connection) -> bool:
+        """Whether a release that cannot read adapters is connected to a PostgreSQL database."""
+        query = sa.text(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = :name"
+        )
+        return self.is_shared and connection.execute(query, {"name": _OLDER_APPLICATION}).scalar_one() > 0
 
     def _require_schema(self) -> None:
-        found, needed = self.schema_revision(), ScriptDirectory.from_config(_alembic()).get_current_head()
+        found, needed = self.schema_revision(), _newest_revision()
         if found != needed:
             raise PromptStoreError(
                 f"the catalog {self} has the schema {found or 'of nothing'}, this release has {needed}: "
@@ -152,6 +164,8 @@ class Database:
         with self.writing() as connection:
             if self.is_shared:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+            if _revision(connection) == _newest_revision():
+                return
             config.attributes["connection"] = connection
             try:
                 command.upgrade(config, "head")
@@ -159,6 +173,16 @@ class Database:
                 raise PromptStoreError(
                     f"the catalog {self} was written by a newer release ({error}): use a newer release"
                 ) from error
+
+
+def _revision(connection: sa.Connection) -> str:
+    return MigrationContext.configure(connection).get_current_revision() or ""
+
+
+@cache
+def _newest_revision() -> str:
+    """The revision of this release."""
+    return ScriptDirectory.from_config(_alembic()).get_current_head() or ""
 
 
 def _alembic() -> Config:
@@ -233,7 +257,7 @@ def _postgresql(url: sa.URL) -> sa.Engine:
                 "keepalives_count": 3,
                 "tcp_user_timeout": CONNECT_SECONDS * 1000,
                 "options": f"-c statement_timeout={STATEMENT_SECONDS * 1000}",
-                "application_name": "prelude",
+                "application_name": _APPLICATION,
                 # Prepared statements do not work with a pooler that changes the connection for each transaction.
                 "prepare_threshold": None,
             },

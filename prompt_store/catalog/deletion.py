@@ -6,7 +6,9 @@ The aliases that a deletion removes are in the history, with the same revision.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import sqlalchemy as sa
@@ -15,10 +17,13 @@ from prompt_store.catalog import lookups
 from prompt_store.catalog.change import Change, lock_blobs
 from prompt_store.catalog.database import Database
 from prompt_store.catalog.lookups import live
+from prompt_store.catalog.over import require_adapters_of, require_unused
 from prompt_store.catalog.records import Prompt
 from prompt_store.catalog.schema import aliases, blobs, history, prompts, tags, version_files, versions
+from prompt_store.changes import Deletion, HistoryAction, Restoration
 from prompt_store.errors import PromptConflictError, PromptInUseError, PromptNotFoundError
-from prompt_store.types import Access, Deletion, HistoryAction, Restoration
+from prompt_store.rollouts import NO_ROLLOUT, Rollout
+from prompt_store.types import Access
 
 _is_kept = versions.c.deleted_in > 0
 """The condition that a version is deleted and not forgotten; unlike IS NOT NULL, SQLite finds it by the index."""
@@ -27,19 +32,38 @@ _is_kept = versions.c.deleted_in > 0
 def delete_version(change: Change, name: str, version: int, access: Access | None, *, force: bool) -> Deletion:
     """Delete one version, and the aliases that point at it. No alias moves to another version.
 
+    The rollouts of other aliases that name it end: the versions that those aliases point at answer all requests.
+
     Raises:
         PromptNotFoundError: If there is no such version.
-        PromptInUseError: If aliases point at it and ``force`` is not set.
+        PromptInUseError: If soft prompts were trained over it; or aliases point at it, or send requests to it, and
+            ``force`` is not set.
     """
     prompt = lookups.find(change.connection, name, access, to_change=True)
     lookups.require_version(change.connection, prompt, version)
-    pointing = {alias: target for alias, target in _aliases(change, prompt).items() if target == version}
+    require_unused(change.connection, name, [version])
+    pointing = {alias: target for alias, target in pointed_at(change.connection, prompt).items() if target == version}
     if pointing and not force:
         raise PromptInUseError(
             f"version {version} of {name!r} is in use by {_named(pointing)}: move the alias first, or delete both by "
             "force=true (prelude rm --yes)"
         )
-    return _delete(change, prompt, [version], pointing, HistoryAction.DELETE_VERSION, version)
+    sharing = {
+        alias: rollout
+        for alias, rollout in lookups.rollouts_of(change.connection, prompt).items()
+        if version in rollout.versions and alias not in pointing
+    }
+    if sharing and not force:
+        raise PromptInUseError(
+            f"version {version} of {name!r} is in the rollout of {_named(sharing)}: end the rollout first, or delete "
+            "the version and end it by force=true (prelude rm --yes)"
+        )
+    for alias in sharing:
+        target = lookups.alias_target(change.connection, prompt, alias)
+        if target is not None:
+            change.move_alias(prompt, alias, target, HistoryAction.PROMOTE)
+    deleted = tombstone(change, prompt, [version], pointing, HistoryAction.DELETE_VERSION, version)
+    return replace(deleted, ended_rollouts=tuple(sharing))
 
 
 def delete_prompt(change: Change, name: str, access: Access | None, *, force: bool) -> Deletion:
@@ -47,19 +71,21 @@ def delete_prompt(change: Change, name: str, access: Access | None, *, force: bo
 
     Raises:
         PromptNotFoundError: If there is no such name.
-        PromptInUseError: If it has more than one version and ``force`` is not set.
+        PromptInUseError: If soft prompts of other names were trained over a version, or there is more than one and
+            ``force`` is not set.
     """
     prompt = lookups.find(change.connection, name, access, to_change=True)
     query = sa.select(versions.c.version).where(versions.c.prompt_id == prompt.id, live).order_by(versions.c.version)
     numbers = list(change.connection.execute(query).scalars())
-    pointing = _aliases(change, prompt)
+    require_unused(change.connection, name, numbers)
+    pointing = pointed_at(change.connection, prompt)
     if len(numbers) > 1 and not force:
         also = f" and {_named(pointing)}" if pointing else ""
         raise PromptInUseError(
             f"soft prompt {name!r} has {len(numbers)} versions{also}: delete one version, or all of it by force=true "
             "(prelude rm --yes)"
         )
-    return _delete(change, prompt, numbers, pointing, HistoryAction.DELETE_PROMPT, None)
+    return tombstone(change, prompt, numbers, pointing, HistoryAction.DELETE_PROMPT, None)
 
 
 def restore(
@@ -78,7 +104,7 @@ def restore(
 
     Raises:
         PromptNotFoundError: If nothing was deleted, or it cannot be restored any more.
-        PromptConflictError: If the version is not deleted.
+        PromptConflictError: If the version is not deleted, or the adapter that it was trained over is.
     """
     connection = change.connection
     prompt = lookups.find_known(connection, name, access, to_change=True)
@@ -97,6 +123,7 @@ def restore(
         sa.select(versions.c.version, versions.c.deleted_in).where(mine, which).order_by(versions.c.version)
     ).all()
     numbers = [row.version for row in found]
+    require_adapters_of(connection, prompt.id, numbers)
     connection.execute(versions.update().where(mine, which).values(deleted_at=None, deleted_in=None))
     _count(change, prompt, len(numbers))
     for number in numbers:
@@ -135,7 +162,7 @@ def _forgettable(before: int) -> sa.Select[tuple[int]]:
     return sa.select(versions.c.id).where(_is_kept, versions.c.deleted_at <= before)
 
 
-def _delete(
+def tombstone(
     change: Change,
     prompt: Prompt,
     numbers: Sequence[int],
@@ -171,7 +198,7 @@ def _restore_aliases(
         )
         .order_by(history.c.alias)
     )
-    current = _aliases(change, prompt)
+    current = pointed_at(change.connection, prompt)
     restored, kept = {}, {}
     for alias, target in change.connection.execute(removed).all():
         if target not in numbers:
@@ -179,9 +206,26 @@ def _restore_aliases(
         if alias in current:
             kept[alias] = current[alias]
         else:
-            change.move_alias(prompt, alias, target, HistoryAction.RESTORE)
+            rollout = _ended_rollout(change, prompt, alias, revision)
+            change.move_alias(prompt, alias, target, HistoryAction.RESTORE, rollout)
             restored[alias] = target
     return restored, kept
+
+
+def _ended_rollout(change: Change, prompt: Prompt, alias: str, revision: int) -> Rollout:
+    """The rollout of an alias that a deletion removed; an empty one if it had none, or a version is not there."""
+    ended = sa.select(history.c.details).where(
+        history.c.name == prompt.name,
+        history.c.revision == revision,
+        history.c.action == HistoryAction.ROLLOUT.value,
+        history.c.alias == alias,
+    )
+    details = change.connection.execute(ended).scalar_one_or_none()
+    if details is None:
+        return NO_ROLLOUT
+    rollout = Rollout.parse(json.loads(details)["from"])
+    is_whole = all(lookups.has_version(change.connection, prompt, version) for version in rollout.versions)
+    return rollout if is_whole else NO_ROLLOUT
 
 
 def _check_restorable(change: Change, prompt: Prompt, version: int, deleted_after: int) -> None:
@@ -200,9 +244,10 @@ def _check_restorable(change: Change, prompt: Prompt, version: int, deleted_afte
         )
 
 
-def _aliases(change: Change, prompt: Prompt) -> dict[str, int]:
+def pointed_at(connection: sa.Connection, prompt: Prompt) -> dict[str, int]:
+    """The aliases of a name, with the versions that they point at."""
     query = sa.select(aliases.c.alias, aliases.c.version).where(aliases.c.prompt_id == prompt.id)
-    return {row.alias: row.version for row in change.connection.execute(query.order_by(aliases.c.alias))}
+    return {row.alias: row.version for row in connection.execute(query.order_by(aliases.c.alias))}
 
 
 def _count(change: Change, prompt: Prompt, more: int) -> None:
@@ -211,5 +256,5 @@ def _count(change: Change, prompt: Prompt, more: int) -> None:
     )
 
 
-def _named(pointing: dict[str, int]) -> str:
+def _named(pointing: Collection[str]) -> str:
     return f"the alias{'es' if len(pointing) > 1 else ''} {', '.join(pointing)}"

@@ -7,11 +7,19 @@ import sqlalchemy as sa
 from prompt_store.catalog import records
 from prompt_store.catalog.records import Prompt
 from prompt_store.catalog.schema import aliases, history, prompts, versions
+from prompt_store.changes import HistoryAction
 from prompt_store.errors import AliasNotFoundError, PromptConflictError, PromptForbiddenError, PromptNotFoundError
-from prompt_store.types import Access, HistoryAction, PromptVersion
+from prompt_store.rollouts import NO_ROLLOUT, Rollout
+from prompt_store.types import Access, PromptVersion
 
 live = versions.c.deleted_at.is_(None)
 """The condition that a version is not deleted."""
+
+
+def visible(owner: sa.ColumnElement[str], access: Access | None) -> sa.ColumnElement[bool]:
+    """The condition that a caller sees the soft prompts of an owner."""
+    owners = None if access is None else access.owners
+    return sa.true() if owners is None else owner.in_(owners)
 
 
 def find(connection: sa.Connection, name: str, access: Access | None, *, to_change: bool = False) -> Prompt:
@@ -64,6 +72,22 @@ def version_of(connection: sa.Connection, prompt: Prompt, version: int) -> Promp
     return records.versions_of(connection, [row], {prompt.id: prompt})[0]
 
 
+def with_digest(
+    connection: sa.Connection, digest: str, over: str | None, access: Access | None, limit: int
+) -> list[PromptVersion]:
+    """Versions with a digest, over the same adapter, by name; at most ``limit`` of those that a caller sees."""
+    query = (
+        sa.select(versions, prompts.c.name, prompts.c.last_version, prompts.c.owner)
+        .join(prompts, prompts.c.id == versions.c.prompt_id)
+        .where(versions.c.digest == digest, versions.c.over == over, live, visible(prompts.c.owner, access))
+        .order_by(prompts.c.name, versions.c.version)
+        .limit(limit)
+    )
+    rows = connection.execute(query).all()
+    known = {row.prompt_id: Prompt(row.prompt_id, row.name, row.last_version, row.owner) for row in rows}
+    return records.versions_of(connection, rows, known)
+
+
 def has_version(connection: sa.Connection, prompt: Prompt, version: int) -> bool:
     """Whether a name has a version."""
     query = sa.select(versions.c.id).where(versions.c.prompt_id == prompt.id, versions.c.version == version, live)
@@ -81,6 +105,20 @@ def alias_target(connection: sa.Connection, prompt: Prompt, alias: str) -> int |
     query = sa.select(aliases.c.version).where(aliases.c.prompt_id == prompt.id, aliases.c.alias == alias)
     found: int | None = connection.execute(query).scalar_one_or_none()
     return found
+
+
+def rollout_of(connection: sa.Connection, prompt: Prompt, alias: str) -> Rollout:
+    """The rollout of an alias; an empty one if it has none, or there is no such alias."""
+    query = sa.select(aliases).where(aliases.c.prompt_id == prompt.id, aliases.c.alias == alias)
+    row = connection.execute(query).one_or_none()
+    return NO_ROLLOUT if row is None else records.rollout_in(row)
+
+
+def rollouts_of(connection: sa.Connection, prompt: Prompt) -> dict[str, Rollout]:
+    """The aliases of a name that have a rollout, with it."""
+    query = sa.select(aliases).where(aliases.c.prompt_id == prompt.id, aliases.c.rollout.is_not(None))
+    found = {row.alias: records.rollout_in(row) for row in connection.execute(query.order_by(aliases.c.alias))}
+    return {alias: rollout for alias, rollout in found.items() if rollout != NO_ROLLOUT}
 
 
 _MAX_NAMED = 10
@@ -114,6 +152,7 @@ def earlier_versions(connection: sa.Connection, name: str, alias: str) -> list[i
         sa.select(history.c.action, history.c.version, history.c.previous_version)
         .where(
             history.c.name == name,
+            history.c.action != HistoryAction.ROLLOUT.value,  # it moves no alias
             sa.or_(history.c.alias == alias, history.c.action == HistoryAction.DELETE_PROMPT.value),
         )
         .order_by(history.c.id)
@@ -122,7 +161,7 @@ def earlier_versions(connection: sa.Connection, name: str, alias: str) -> list[i
     removed: dict[int, list[int]] = {}
     """Those of removed aliases, by the version that each pointed at; a restored alias has them again."""
     for action, version, previous in connection.execute(query):
-        if action == HistoryAction.PROMOTE:
+        if action in (HistoryAction.PROMOTE, HistoryAction.IMPORT):
             found.append(version)
         elif action == HistoryAction.ROLLBACK:
             while found and found[-1] != version:

@@ -11,13 +11,15 @@ from typing import Any
 import sqlalchemy as sa
 
 from prompt_store.catalog.schema import aliases, blobs, prompts, tags, version_files, versions
+from prompt_store.changes import HistoryAction, HistoryEntry
+from prompt_store.formats import PromptFormat
+from prompt_store.rollouts import NO_ROLLOUT, Rollout
 from prompt_store.types import (
     DEFAULT_ALIAS,
     SHARED,
-    HistoryAction,
-    HistoryEntry,
     Lineage,
     PeftType,
+    PromptKind,
     PromptSummary,
     PromptVersion,
     StoredFile,
@@ -53,10 +55,17 @@ class NewVersion:
     files: tuple[StoredFile, ...]
     num_tasks: int | None = None
     num_labels: int | None = None
+    kind: PromptKind = PromptKind.SOFT_PROMPT
+    rank: int | None = None
+    num_modules: int | None = None
+    num_parameters: int | None = None
+    targets: tuple[str, ...] = ()
+    over: str | None = None
     description: str = ""
     tags: tuple[str, ...] = ()
     metadata: Mapping[str, object] = field(default_factory=dict)
     lineage: Lineage = field(default_factory=Lineage)
+    format: PromptFormat | None = None
     overrides: Mapping[str, object] = field(default_factory=dict)
     owner: str = SHARED
 
@@ -80,11 +89,18 @@ def record(
         "num_virtual_tokens": new.num_virtual_tokens,
         "num_tasks": new.num_tasks,
         "num_labels": new.num_labels,
+        "kind": new.kind.value,
+        "rank": new.rank,
+        "num_modules": new.num_modules,
+        "num_parameters": new.num_parameters,
+        "targets": json.dumps(list(new.targets)),
+        "over": new.over,
         "dtype": new.dtype,
         "base_model_name_or_path": new.base_model_name_or_path,
         "description": new.description,
         "metadata": json.dumps(dict(new.metadata), allow_nan=False),
         "lineage": json.dumps(new.lineage.to_json(), allow_nan=False),
+        "format": None if new.format is None else json.dumps(new.format.to_json(), allow_nan=False),
         "overrides": json.dumps(dict(new.overrides), allow_nan=False),
         "created_at": created_at,
         "created_by": created_by,
@@ -134,9 +150,13 @@ def summaries(connection: sa.Connection, prompt_ids: Sequence[int]) -> list[Prom
     prompt_rows = {row.id: row for row in connection.execute(sa.select(prompts).where(prompts.c.id.in_(prompt_ids)))}
     of = {row.id: Prompt(row.id, row.name, row.last_version, row.owner) for row in prompt_rows.values()}
     pointed: dict[int, dict[str, int]] = {prompt_id: {} for prompt_id in prompt_ids}
+    rollouts: dict[int, dict[str, Rollout]] = {prompt_id: {} for prompt_id in prompt_ids}
     query = sa.select(aliases).where(aliases.c.prompt_id.in_(prompt_ids)).order_by(aliases.c.alias)
     for alias in connection.execute(query):
         pointed[alias.prompt_id][alias.alias] = alias.version
+        rollout = rollout_in(alias)
+        if rollout != NO_ROLLOUT:
+            rollouts[alias.prompt_id][alias.alias] = rollout
     highest = (
         sa.select(versions.c.prompt_id, sa.func.max(versions.c.version).label("version"))
         .where(versions.c.prompt_id.in_(prompt_ids), versions.c.deleted_at.is_(None))
@@ -153,14 +173,38 @@ def summaries(connection: sa.Connection, prompt_ids: Sequence[int]) -> list[Prom
     ).all()
     found = {row.prompt_id: version for row, version in zip(rows, versions_of(connection, rows, of), strict=True)}
     return [
-        PromptSummary(of[key].name, pointed[key], found[key], prompt_rows[key].num_versions) for key in prompt_ids
+        PromptSummary(of[key].name, pointed[key], found[key], prompt_rows[key].num_versions, rollouts[key])
+        for key in prompt_ids
     ]
+
+
+def rollout_in(row: sa.Row[Any]) -> Rollout:
+    """The rollout in a row of ``aliases``; an empty one if there is none, or the alias has moved without it."""
+    stored = json.loads(row.rollout or "{}")
+    return Rollout.parse(stored["rollout"]) if stored.get("of") == row.version else NO_ROLLOUT
+
+
+def rollout_value(version: int, rollout: Rollout) -> str | None:
+    """A rollout as a row of ``aliases`` has it, for an alias that points at a version."""
+    return None if rollout == NO_ROLLOUT else json.dumps({"of": version, "rollout": rollout.to_json()})
 
 
 def history_entry(row: sa.Row[Any]) -> HistoryEntry:
     """Convert a row of ``history``."""
-    action = HistoryAction(row.action)
-    return HistoryEntry(row.id, action, row.alias, row.version, row.previous_version, row.actor, _datetime(row.at))
+    return HistoryEntry(
+        id=row.id,
+        name=row.name,
+        action=HistoryAction(row.action),
+        alias=row.alias,
+        version=row.version,
+        previous_version=row.previous_version,
+        actor=row.actor,
+        actor_name=row.actor_name,
+        reason=row.reason,
+        details=json.loads(row.details or "{}"),
+        is_imported=row.imported,
+        at=_datetime(row.at),
+    )
 
 
 def _version(row: sa.Row[Any], prompt: Prompt, files: Sequence[StoredFile], words: Sequence[str]) -> PromptVersion:
@@ -180,10 +224,17 @@ def _version(row: sa.Row[Any], prompt: Prompt, files: Sequence[StoredFile], word
         tags=tuple(words),
         metadata=json.loads(row.metadata),
         lineage=Lineage.parse(json.loads(row.lineage)),
+        format=None if row.format is None else PromptFormat.parse(json.loads(row.format)),
         overrides=json.loads(row.overrides),
         created_by=row.created_by,
         num_tasks=row.num_tasks,
         num_labels=row.num_labels,
+        kind=PromptKind(row.kind),
+        rank=row.rank,
+        num_modules=row.num_modules,
+        num_parameters=row.num_parameters,
+        targets=tuple(json.loads(row.targets)),
+        over=row.over,
     )
 
 

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from prompt_store.rollouts import NO_ROLLOUT, Rollout
 from prompt_store.types import PromptRef, PromptVersion
 
 MAX_NAMES = 16_384
@@ -14,8 +15,12 @@ MAX_NAMES = 16_384
 MAX_REFS_PER_NAME = 64
 
 
+Resolved = tuple[PromptVersion, Rollout]
+"""The version that a reference names, and the rollout of its alias."""
+
+
 class ResolveCache:
-    """Versions by reference; the least recently used names are evicted first. Thread-safe.
+    """Versions and rollouts by reference; the least recently used names are evicted first. Thread-safe.
 
     The result of a lookup that began before a change must not be cached after it, or the old version would stay
     forever. So a lookup reads ``generation`` first, and ``add`` ignores results of an earlier generation.
@@ -24,7 +29,7 @@ class ResolveCache:
     def __init__(self, max_names: int = MAX_NAMES) -> None:
         self._max_names = max_names
         self._lock = threading.Lock()
-        self._names: OrderedDict[str, dict[PromptRef, PromptVersion]] = OrderedDict()
+        self._names: OrderedDict[str, dict[PromptRef, Resolved]] = OrderedDict()
         self._generation = 0
 
     @property
@@ -32,8 +37,8 @@ class ResolveCache:
         """Number of invalidations."""
         return self._generation
 
-    def get(self, ref: PromptRef) -> PromptVersion | None:
-        """The version of a reference, if it is cached."""
+    def get(self, ref: PromptRef) -> Resolved | None:
+        """The version and the rollout of a reference, if it is cached."""
         with self._lock:
             refs = self._names.get(ref.name)
             if refs is None:
@@ -45,9 +50,9 @@ class ResolveCache:
         """The owner of a name, if it is cached; this does not count as a use of the name."""
         with self._lock:
             refs = self._names.get(name)
-            return next(iter(refs.values())).owner if refs else None
+            return next(iter(refs.values()))[0].owner if refs else None
 
-    def add(self, ref: PromptRef, version: PromptVersion, generation: int) -> None:
+    def add(self, ref: PromptRef, version: PromptVersion, generation: int, rollout: Rollout = NO_ROLLOUT) -> None:
         """Cache the result of a lookup, unless an invalidation has happened since its ``generation``."""
         with self._lock:
             if generation != self._generation:
@@ -55,7 +60,7 @@ class ResolveCache:
             refs = self._names.setdefault(ref.name, {})
             if len(refs) >= MAX_REFS_PER_NAME:
                 refs.clear()
-            refs[ref] = version
+            refs[ref] = version, rollout
             self._names.move_to_end(ref.name)
             if len(self._names) > self._max_names:
                 self._names.popitem(last=False)

@@ -53,6 +53,15 @@ versions = sa.Table(
     sa.Column("description", sa.Text, nullable=False),
     sa.Column("metadata", sa.Text, nullable=False),
     sa.Column("lineage", sa.Text, nullable=False),
+    # How it wants to be asked, as JSON; NULL if that is not known.
+    sa.Column("format", sa.Text),
+    sa.Column("kind", sa.String(16), nullable=False, server_default="soft_prompt"),
+    sa.Column("rank", sa.Integer),
+    sa.Column("num_modules", sa.Integer),
+    sa.Column("num_parameters", sa.BigInteger),
+    sa.Column("targets", sa.Text, nullable=False, server_default="[]"),
+    # NAME@VERSION of the adapter that a soft prompt was trained over.
+    sa.Column("over", sa.String(160)),
     sa.Column("overrides", sa.Text, nullable=False, server_default="{}"),
     sa.Column("created_at", sa.BigInteger, nullable=False),
     sa.Column("created_by", sa.Text),
@@ -63,6 +72,8 @@ versions = sa.Table(
     sa.UniqueConstraint("prompt_id", "version", name="versions_by_number"),
     sa.Index("versions_by_digest", "prompt_id", "digest"),
     sa.Index("versions_by_deletion", "deleted_in"),
+    sa.Index("versions_by_kind", "kind", "prompt_id"),
+    sa.Index("versions_by_over", "over"),
 )
 blobs = sa.Table(
     "blobs",
@@ -95,6 +106,9 @@ aliases = sa.Table(
     sa.Column("prompt_id", sa.ForeignKey("prompts.id"), primary_key=True),
     sa.Column("alias", Name, primary_key=True),
     sa.Column("version", sa.BigInteger, nullable=False),
+    # A JSON object: the rollout, and the version ("of") that it was made for. A release that does not know rollouts
+    # moves the alias and leaves this as it is; then it is not valid any more. NULL if there is none.
+    sa.Column("rollout", sa.Text),
 )
 history = sa.Table(
     "history",
@@ -107,6 +121,109 @@ history = sa.Table(
     sa.Column("version", sa.BigInteger),
     sa.Column("previous_version", sa.BigInteger),
     sa.Column("actor", sa.Text),
+    sa.Column("actor_name", sa.Text),
+    sa.Column("reason", sa.Text),
+    # A JSON object; NULL if empty.
+    sa.Column("details", sa.Text),
+    # The owner of the name, so that a tenant's entries are found by an index; it changes with the name's.
+    sa.Column("owner", Name, nullable=False, server_default=""),
+    # Whether the change was made in another store.
+    sa.Column("imported", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("at", sa.BigInteger, nullable=False),
     sa.Index("history_by_name", "name", "id"),
+    # Pages over all names are ordered by time, then id, whatever they are filtered by.
+    sa.Index("history_by_owner", "owner", "at", "id"),
+    sa.Index("history_by_time", "at", "id"),
+    sa.Index("history_by_actor", "actor", "at", "id"),
+    sa.Index("history_by_actor_name", "actor_name", "at", "id"),
+    sa.Index("history_by_action", "action", "at", "id"),
+)
+version_usage = sa.Table(
+    "version_usage",
+    metadata,
+    sa.Column("version_id", sa.ForeignKey("versions.id"), primary_key=True),
+    sa.Column("last_used_at", sa.BigInteger, nullable=False),
+    sa.Column("requests", sa.BigInteger, nullable=False),
+    sa.Column("errors", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
+    sa.Column("completion_tokens", sa.BigInteger, nullable=False),
+)
+evaluations = sa.Table(
+    "evaluations",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    # The tenant that alone sees it, also of shared soft prompts; empty for callers without a tenant.
+    sa.Column("owner", Name, nullable=False),
+    sa.Column("key", sa.Text),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("model", sa.Text, nullable=False),
+    # No foreign keys: an evaluation outlives the version that it is of.
+    sa.Column("prompt", Name),
+    sa.Column("version", sa.BigInteger),
+    sa.Column("is_recorded", sa.Boolean, nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("dataset", sa.Text, nullable=False),
+    sa.Column("dataset_digest", Digest, nullable=False),
+    sa.Column("metric", sa.String(32), nullable=False),
+    sa.Column("settings", sa.Text, nullable=False),
+    sa.Column("total", sa.BigInteger, nullable=False),
+    sa.Column("num_right", sa.BigInteger, nullable=False),
+    sa.Column("num_errors", sa.BigInteger, nullable=False),
+    sa.Column("num_answered", sa.BigInteger, nullable=False),
+    # A JSON object; NULL until it is over.
+    sa.Column("scores", sa.Text),
+    sa.Column("failure", sa.Text),
+    # Bytes of the texts of its rows, against the tenant's budget.
+    sa.Column("num_bytes", sa.BigInteger, nullable=False),
+    # The server that runs it, until when it counts as running it, and NULL if no server does.
+    sa.Column("runner", sa.String(64)),
+    sa.Column("leased_until", sa.BigInteger),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("started_at", sa.BigInteger),
+    sa.Column("finished_at", sa.BigInteger),
+    sa.Index("evaluations_by_owner", "owner", "created_at", "id"),
+    sa.Index("evaluations_by_prompt", "owner", "prompt", "created_at"),
+    sa.Index("evaluations_by_status", "status", "created_at"),
+)
+evaluation_rows = sa.Table(
+    "evaluation_rows",
+    metadata,
+    sa.Column("evaluation_id", sa.ForeignKey("evaluations.id"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("line", sa.Integer, nullable=False),
+    # NULL until the row has an answer or an error.
+    sa.Column("outcome", sa.String(8)),
+    sa.Column("expected", sa.Text),
+    sa.Column("answer", sa.Text),
+    sa.Column("text", sa.Text),
+    sa.Column("error", sa.Text),
+)
+training_runs = sa.Table(
+    "training_runs",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("owner", Name, nullable=False),
+    sa.Column("key", sa.Text),
+    sa.Column("name", Name, nullable=False),
+    sa.Column("method", sa.String(64), nullable=False),
+    sa.Column("base", sa.Text, nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("step", sa.BigInteger, nullable=False),
+    sa.Column("num_steps", sa.BigInteger),
+    sa.Column("settings", sa.Text, nullable=False),
+    # A JSON object with all that is known at the end: scores, golden check, warnings, version.
+    sa.Column("result", sa.Text, nullable=False),
+    sa.Column("version", sa.BigInteger),
+    sa.Column("started_at", sa.BigInteger, nullable=False),
+    sa.Column("updated_at", sa.BigInteger, nullable=False),
+    sa.Column("finished_at", sa.BigInteger),
+    sa.Index("training_runs_by_owner", "owner", "started_at", "id"),
+    sa.Index("training_runs_by_name", "owner", "name", "started_at"),
+)
+training_points = sa.Table(
+    "training_points",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey("training_runs.id"), primary_key=True),
+    sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("numbers", sa.Text, nullable=False),
 )

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 from prompt_store.errors import Fault, InvalidPromptError
 from prompt_store.files.peft_types import is_other, why_not_served
-from prompt_store.files.strict_json import check_depth, finite_float, refuse_constant
-from prompt_store.types import CONFIG_FILE, PeftType, TaskType
+from prompt_store.files.strict_json import check_depth, finite_float, refuse_constant, shown
+from prompt_store.files.tensor_faults import config_fault
+from prompt_store.types import PeftType, PromptKind, TaskType
 
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_CONFIG_DEPTH = 32
@@ -48,7 +49,7 @@ class AdapterConfig:
 
     Attributes:
         peft_type: The method that trained the soft prompt.
-        is_other_method: Whether the file names a method of PEFT that does not train soft prompts, such as LORA.
+        is_other_method: Whether the file names a method of PEFT that is not served, such as LOHA.
         task_type: The task that it was trained for; the uploader's word if the file names none.
         num_virtual_tokens: Number of rows.
         num_layers: Layers of a key/value prefix.
@@ -79,8 +80,8 @@ def parse_adapter_config(data: bytes, task_type: TaskType | None = None) -> tupl
         task_type: The task that the uploader states, if any.
 
     Returns:
-        The configuration, and everything that is wrong with it. Without faults, the fields that a soft prompt needs
-        are not None: method, task and number of virtual tokens.
+        The configuration, and everything that is wrong with it. Without faults, method and task are not None, and the
+        number of virtual tokens of a soft prompt is not. The fields of an adapter are read by ``lora_config``.
     """
     try:
         fields = read_config(data)
@@ -93,6 +94,10 @@ def parse_adapter_config(data: bytes, task_type: TaskType | None = None) -> tupl
         return AdapterConfig(is_other_method=True, fields=fields), reader.faults
     is_multitask = peft_type is PeftType.MULTITASK_PROMPT_TUNING
     task_type = reader.task_type(peft_type, task_type)
+    if peft_type is not None and peft_type.kind is PromptKind.ADAPTER:  # lora_config reads the rest
+        name = reader.base_name()
+        config = AdapterConfig(peft_type=peft_type, task_type=task_type, base_model_name_or_path=name, fields=fields)
+        return config, reader.faults
     if fields.get("num_virtual_tokens") is None:
         reader.fault("missing_field", "num_virtual_tokens is missing", "num_virtual_tokens")
     num_virtual_tokens = reader.integer("num_virtual_tokens")
@@ -159,7 +164,7 @@ class _Reader:
         self._fields = fields
 
     def fault(self, code: str, message: str, field: str) -> None:
-        self.faults.append(_fault(code, message, field))
+        self.faults.append(config_fault(code, message, field))
 
     def peft_type(self) -> PeftType | None:
         key = "peft_type"
@@ -171,9 +176,9 @@ class _Reader:
                 reason += ": this is the configuration of a whole model, not of an adapter"
             self.fault("missing_field", f"{reason}; {supported}", key)
         elif not isinstance(value, str):
-            self.fault("invalid_field", f"peft_type must be a string, not {_shown(value)}", key)
+            self.fault("invalid_field", f"peft_type must be a string, not {shown(value)}", key)
         elif value not in PeftType.__members__:
-            message = f"peft_type {_shown(value)} {why_not_served(value)}; {supported}"
+            message = f"peft_type {shown(value)} {why_not_served(value)}; {supported}"
             self.fault("unsupported_peft_type", message, key)
         else:
             return PeftType(value)
@@ -185,11 +190,13 @@ class _Reader:
         if stated is not None and value is None:
             self._check_stated_task(peft_type, stated)
             return stated
+        if value is None and peft_type is not None and peft_type.kind is PromptKind.ADAPTER:
+            return TaskType.CAUSAL_LM  # PEFT applies a LoRA without a task, and soft prompts not
         if stated is not None and value != stated:
-            message = f"task_type is {_shown(value)}, but the upload says {stated}"
+            message = f"task_type is {shown(value)}, but the upload says {stated}"
             self.fault("task_type_conflict", message, "task_type")
         elif value is not None and not isinstance(value, str):
-            self.fault("invalid_field", f"task_type must be a string, not {_shown(value)}", "task_type")
+            self.fault("invalid_field", f"task_type must be a string, not {shown(value)}", "task_type")
         else:
             self._check_task_is_served(peft_type, value)
         return TaskType(value) if isinstance(value, str) and value in TaskType.__members__ else None
@@ -202,7 +209,7 @@ class _Reader:
             found, reason = "missing or null", f"{_TRAINED_WITHOUT_TASK}. {_STATE_THE_TASK}"
         else:
             found, reason = value, _CPT_WITH_HEAD if value == TaskType.SEQ_CLS else _TRAINED_FOR_OTHER_TASK
-        message = f"task_type must be {' or '.join(served)}, not {_shown(found)}: {reason}"
+        message = f"task_type must be {' or '.join(served)}, not {shown(found)}: {reason}"
         self.fault("unsupported_task_type", message, "task_type")
 
     def _check_stated_task(self, peft_type: PeftType | None, stated: TaskType) -> None:
@@ -217,7 +224,7 @@ class _Reader:
         trained = mapping.get("base_model_class") if isinstance(mapping, dict) else None
         task = _task_of_class(trained)
         if task is not None and task != stated:
-            message = f"auto_mapping says that it was trained on a {_shown(trained)}, but the upload says {stated}"
+            message = f"auto_mapping says that it was trained on a {shown(trained)}, but the upload says {stated}"
             self.fault("task_type_conflict", message, "auto_mapping")
         saved = self._fields.get("modules_to_save")
         heads = [name for name in _HEAD_MODULES if isinstance(saved, list) and name in saved]
@@ -231,7 +238,7 @@ class _Reader:
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
             return value
         if value is not None:
-            self.fault("invalid_field", f"{key} must be an integer of at least 1, not {_shown(value)}", key)
+            self.fault("invalid_field", f"{key} must be an integer of at least 1, not {shown(value)}", key)
         return None
 
     def check_submodules(self) -> None:
@@ -239,7 +246,7 @@ class _Reader:
         value = self._fields.get(key)
         if value is None or (type(value) is int and value == 1):
             return
-        message = f"{key} has to be 1 or null for a model without an encoder, not {_shown(value)}"
+        message = f"{key} has to be 1 or null for a model without an encoder, not {shown(value)}"
         self.fault("unsupported_submodules", message, key)
 
     def base_name(self) -> str | None:
@@ -265,23 +272,9 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(items) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {_shown(twice)} appears twice")
+        raise ValueError(f"key {shown(twice)} appears twice")
     return items
 
 
-def _shown(value: object) -> str:
-    """A value in a message: short, and in ASCII."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
-        return "a huge integer"  # Python refuses to print more than 4,300 digits
-    if isinstance(value, dict | list):
-        return f"a JSON {'object' if isinstance(value, dict) else 'array'}"
-    text = ascii(value) if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _fault(code: str, message: str, field: str | None = None) -> Fault:
-    return Fault(code, f"{CONFIG_FILE}: {message}", CONFIG_FILE, field)
-
-
 def _invalid(code: str, message: str) -> InvalidPromptError:
-    return InvalidPromptError([_fault(code, message)])
+    return InvalidPromptError([config_fault(code, message)])

@@ -9,6 +9,10 @@ from __future__ import annotations
 import re
 from urllib.parse import unquote, urlsplit
 
+from prompt_store.errors import Fault
+from prompt_store.files.tensor_faults import config_fault
+from prompt_store.types import BaseModelSpec
+
 _HUB_FOLDER = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 """The folder of a repository in the cache of the hub; owners and names cannot contain two hyphens in a row."""
 
@@ -31,6 +35,23 @@ def model_name(text: str) -> str:
     hub = _hub_repository(parts)
     name = hub.rpartition("/")[2] if hub is not None else parts[-1].partition("@")[0]
     return name.replace(_DOT, ".").casefold()
+
+
+def base_faults(stated: str | None, base: BaseModelSpec) -> list[Fault]:
+    """Compare the base that a configuration names with the served one, by ``model_name``.
+
+    Args:
+        stated: ``base_model_name_or_path``; a missing or blank one has no fault.
+        base: The served model.
+    """
+    ours = {model_name(known) for known in (base.name, *base.other_names)} - {""}
+    if stated is None or not stated.strip() or model_name(stated) in ours:
+        return []
+    message = (
+        f"it was trained on {stated[:200]!a}; this server runs {base.name!r}. If this is the same model under "
+        "another name, upload with allow_other_base=true (prelude push --allow-other-base)"
+    )
+    return [config_fault("base_model_mismatch", message, "base_model_name_or_path")]
 
 
 def hub_id(path: str) -> str | None:

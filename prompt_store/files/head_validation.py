@@ -12,21 +12,22 @@ from prompt_store.files.tensor_faults import weights_fault
 from prompt_store.types import WEIGHTS_FILE, BaseModelSpec, TensorData
 
 
-def head_faults(heads: Mapping[str, TensorData], base: BaseModelSpec) -> list[Fault]:
+def head_faults(heads: Mapping[str, TensorData], base: BaseModelSpec, prefix: str = "base_model.") -> list[Fault]:
     """Faults of a head's names and shapes.
 
     Args:
-        heads: The tensors whose names match HEAD_TENSOR_PATTERN: weight [labels, hidden size], bias [labels].
+        heads: Its tensors by name: weight [labels, hidden size], bias [labels].
         base: The served model.
+        prefix: The prefix of their names; that of adapters is longer.
     """
     modules = sorted({name.rpartition(".")[0] for name in heads})
     if len(modules) > 1:
-        message = f"{WEIGHTS_FILE}: {' and '.join(modules)} are both there; a prompt has one head"
+        message = f"{WEIGHTS_FILE}: {' and '.join(modules)} are both there; a file has one head"
         return [Fault("several_heads", message, WEIGHTS_FILE, modules[0])]
-    name = f"{modules[0] if modules else 'base_model.score'}.weight"
+    name = f"{modules[0] if modules else f'{prefix}score'}.weight"
     weight = heads.get(name)
     if weight is None:
-        message = "is missing: a SEQ_CLS prompt comes with its head (base_model.score or base_model.classifier)"
+        message = f"is missing: a SEQ_CLS file comes with its head ({prefix}score or {prefix}classifier)"
         return [weights_fault("missing_tensor", message, name)]
     if len(weight.shape) != 2 or weight.shape[0] < 1 or weight.shape[1] != base.head_width:
         message = (

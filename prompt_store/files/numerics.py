@@ -18,8 +18,70 @@ Stored = npt.NDArray[Any]
 _CHUNK_ELEMENTS = 1 << 20
 """Values processed together: the scratch memory is a few times 8 MiB for any tensor."""
 
+_BITS_ELEMENTS = 1 << 16
+"""Values whose bits are compared together: they stay in the cache of a core."""
+
+_SERVED_AS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+_FIRST_BAD_BITS = {
+    ("F32", "float32"): 0x7F800000,
+    ("F32", "bfloat16"): 0x7F7F8000,
+    ("F32", "float16"): 0x477FF000,  # 65520, halfway to 65536
+    ("F16", "float32"): 0x7C00,
+    ("F16", "bfloat16"): 0x7C00,
+    ("F16", "float16"): 0x7C00,
+    ("BF16", "float32"): 0x7F80,
+    ("BF16", "bfloat16"): 0x7F80,
+    ("BF16", "float16"): 0x4780,  # 65536
+}
+"""By stored and serving dtype: the magnitude, as bits, from which values are or become infinite, or are NaN."""
+
 _BFLOAT16_OVERFLOW = np.uint32(0x7F7F8000)
 """Halfway between the largest bfloat16 and 2**128, as float32 bits: ties round to even, which is infinity."""
+
+
+def is_harmless(tensor: TensorData, dtype: str) -> bool:
+    """Whether all values are finite, and stay so in a serving dtype; found by one fast pass over the stored bits.
+
+    Args:
+        tensor: F32, F16 or BF16 values; others are never harmless.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+    """
+    limit = _FIRST_BAD_BITS.get((tensor.dtype, dtype))
+    if limit is None:
+        return False
+    element = np.dtype("<u4" if tensor.dtype == "F32" else "<u2")
+    mask = element.type(0x7FFFFFFF if tensor.dtype == "F32" else 0x7FFF)
+    data = memoryview(tensor.data)
+    scratch = np.empty(_BITS_ELEMENTS, element)
+    for start in range(0, len(data), _BITS_ELEMENTS * element.itemsize):
+        bits = np.frombuffer(data[start : start + _BITS_ELEMENTS * element.itemsize], element)
+        if int(np.bitwise_and(bits, mask, out=scratch[: len(bits)]).max(initial=0)) >= limit:
+            return False
+    return True
+
+
+def serving_chunks(tensor: TensorData, dtype: str) -> Iterator[memoryview]:
+    """The values of a tensor in a serving dtype, rounded to the nearest, as little-endian bytes in pieces.
+
+    Args:
+        tensor: F32, F16 or BF16 values.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+    """
+    if _SERVED_AS[tensor.dtype] == dtype:
+        yield memoryview(tensor.data)
+        return
+    for values in _chunks(tensor):
+        singles = _to_float32(values)
+        if dtype == "bfloat16":
+            bits = singles.view(np.uint32)
+            rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            yield rounded.astype("<u2").data
+        elif dtype == "float16":
+            with np.errstate(over="ignore"):
+                yield singles.astype("<f2").data
+        else:
+            yield singles.astype("<f4", copy=False).data
 
 
 def count_non_finite(tensor: TensorData) -> tuple[int, int]:
@@ -92,6 +154,12 @@ def find_task_overflow(
                     first_row, first_column = np.unravel_index(int(np.argmax(bad)), bad.shape)
                     return task, row + int(first_row), column + int(first_column)
     return None
+
+
+def rows_of(tensor: TensorData, start: int, count: int) -> npt.NDArray[np.float32]:
+    """Rows of a matrix of floats as float32, [count, width]; only these are read."""
+    rows, width = tensor.shape
+    return _part(tensor, (rows, width), start, count, slice(None))
 
 
 def _part(

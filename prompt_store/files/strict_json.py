@@ -1,4 +1,4 @@
-"""Stricter checks of JSON than those of Python: hooks for ``json.loads``, and a limit of the depth."""
+"""Stricter checks of JSON than those of Python, and its values in messages."""
 
 from __future__ import annotations
 
@@ -47,3 +47,13 @@ def check_depth(value: object, most: int) -> None:
         depth += 1
         if depth > most:
             raise ValueError(f"nested deeper than {most} levels")
+
+
+def shown(value: object) -> str:
+    """A JSON value in a message: short, and in ASCII."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
+        return "a huge integer"  # Python refuses to print more than 4,300 digits
+    if isinstance(value, dict | list):
+        return f"a JSON {'object' if isinstance(value, dict) else 'array'}"
+    text = ascii(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,7 +1,7 @@
 """Safetensors files as raw tensors, read by the library of the format: nothing is executed or unpickled.
 
 The library checks that the header is well formed and that the tensors cover the file without gaps or overlaps
-(https://github.com/huggingface/safetensors#format). A path is mapped, not read, so that a file of 512 MiB
+(https://github.com/huggingface/safetensors#format). A path is mapped, not read, so that a file of 1 GiB
 needs no memory. The mapping is safe because no other program writes staged files and blobs, and they are never
 truncated.
 """

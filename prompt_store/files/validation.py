@@ -1,4 +1,4 @@
-"""Validation of an uploaded soft prompt against the served model. All faults are reported together.
+"""Validation of an uploaded soft prompt or adapter against the served model. All faults are reported together.
 
 The codes are stable; programs may switch on them.
 
@@ -9,7 +9,7 @@ code                            what is wrong
 ``invalid_json``                the configuration is not strict JSON: encoding, syntax, repeated keys, NaN, depth
 ``missing_field``               a field that serving needs is absent or null
 ``invalid_field``               a field has the wrong type or is out of range
-``unsupported_peft_type``       not one of PEFT's prompt-learning methods, such as LORA
+``unsupported_peft_type``       not one of PEFT's prompt-learning methods, LORA or IA3
 ``unsupported_task_type``       a task other than CAUSAL_LM or, if the method supports it, SEQ_CLS
 ``task_type_conflict``          the uploader states another task than the configuration
 ``unsupported_submodules``      ``num_transformer_submodules`` is not 1 (an encoder-decoder prompt)
@@ -18,7 +18,8 @@ code                            what is wrong
 ``pickle_file``                 the weights are a torch.save file
 ``invalid_safetensors``         the weights are not a well-formed safetensors file, or are truncated
 ``header_too_large``            the safetensors header is over 1 MiB
-``missing_tensor``              no ``prompt_embeddings``, no task factors (multitask), no head (SEQ_CLS)
+``missing_tensor``              no ``prompt_embeddings``, no task factors (multitask), no head (SEQ_CLS); of an
+                                adapter A without B, no magnitude (DoRA) or bias, LoRA and IA3 mixed
 ``unexpected_tensor``           another tensor, which PEFT would load over the frozen base
 ``several_heads``               the file has both ``base_model.score`` and ``base_model.classifier``
 ``unsupported_dtype``           a tensor is not F32, F16 or BF16 (or F64, where that is allowed)
@@ -29,7 +30,18 @@ code                            what is wrong
 ``num_ranks_mismatch``          the rank of the multitask factors is not that of the configuration
 ``context_exceeded``            no room for one token of text and one new token
 ``non_finite_values``           NaN or infinity
-``dtype_overflow``              values, or products of a task, that become infinite in the serving dtype
+``dtype_overflow``              values, scales, or products of a task, that become infinite in the serving dtype
+``adapters_off``                a LoRA or IA3, and the server serves none
+``unknown_module``              a tensor of an adapter belongs to a module that the base does not have
+``unsupported_module``          it belongs to one that no adapter can change, such as an expert of a mixture
+``unsupported_variant``         another computation than LoRA, rsLoRA, DoRA or IA3, or DoRA of an embedding
+``rank_mismatch``               the rank of a tensor is not that of the configuration
+``rank_too_large``              a rank above ``--max-adapter-rank``
+``unsafe_pattern``              a pattern of ranks, alphas or modules that could take long to match, or is none
+``changes_base``                PiSSA, OLoRA, CorDA or LoftQ that was not converted
+``replaces_base``               trained biases, whole modules, or embeddings that are not the base's own
+``adapter_too_large``           more bytes than the memory for adapters
+``unknown_adapter``             the adapter that a soft prompt was trained over does not exist
 ==============================  ====================================================================================
 """
 
@@ -38,11 +50,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from prompt_store.adapters import NO_LIMITS, Adapter, AdapterLimits
 from prompt_store.errors import Fault, InvalidPromptError
 from prompt_store.files.adapter_config import AdapterConfig, parse_adapter_config
-from prompt_store.files.base_names import model_name
+from prompt_store.files.base_names import base_faults
 from prompt_store.files.foreign_tensors import foreign_faults, guess_content
 from prompt_store.files.head_validation import head_faults
+from prompt_store.files.lora.adapter_validation import validate_adapter
 from prompt_store.files.multitask import factor_faults, product_faults
 from prompt_store.files.tensor_faults import shown_number, value_faults, weights_fault
 from prompt_store.files.tensors import read_tensors
@@ -55,6 +69,7 @@ from prompt_store.types import (
     WEIGHTS_FILE,
     BaseModelSpec,
     PeftType,
+    PromptKind,
     SoftPrompt,
     TaskType,
     TensorData,
@@ -69,8 +84,9 @@ def validate(
     require_same_base: bool,
     allow_float64: bool = False,
     task_type: TaskType | None = None,
-) -> SoftPrompt:
-    """Read the two files of a soft prompt and check that the base can serve it.
+    limits: AdapterLimits = NO_LIMITS,
+) -> SoftPrompt | Adapter:
+    """Read the two files of a soft prompt or an adapter and check that the base can serve it.
 
     Weights given by a path are mapped; this uses at most a few MiB of memory.
 
@@ -83,9 +99,10 @@ def validate(
             this is a decision of the operator.
         task_type: The task that the uploader states. It replaces a missing task of the configuration, unless the
             files contradict it.
+        limits: What the operator allows of adapters.
 
     Returns:
-        The soft prompt; its ``overrides`` are the statements of the uploader or operator that were used.
+        The soft prompt or adapter; its ``overrides`` are the statements of the uploader or operator that were used.
 
     Raises:
         InvalidPromptError: With all faults of both files.
@@ -95,13 +112,15 @@ def validate(
     if config.is_other_method:  # its tensors belong to another kind of adapter
         raise InvalidPromptError(faults)
     overrides: dict[str, object] = {}
-    other_base = _base_faults(config, base)
+    other_base = base_faults(config.base_model_name_or_path, base)
     if require_same_base:
         faults += other_base
     elif other_base:
         overrides["allow_other_base"] = True
     if task_type is not None and config.fields.get("task_type") is None:
         overrides["task_type"] = task_type.value
+    if config.peft_type is not None and config.peft_type.kind is PromptKind.ADAPTER:
+        return validate_adapter(config, faults, weights, base, limits=limits, overrides=overrides)
     tensors: Mapping[str, TensorData] = {}
     try:
         tensors = read_tensors(weights)
@@ -118,22 +137,6 @@ def validate(
         tensors=tensors,
         overrides=overrides,
     )
-
-
-def _base_faults(config: AdapterConfig, base: BaseModelSpec) -> list[Fault]:
-    """Compare the base of the configuration with the served one, by ``model_name``.
-
-    A configuration without a base has no fault.
-    """
-    name = config.base_model_name_or_path
-    ours = {model_name(known) for known in (base.name, *base.other_names)} - {""}
-    if name is None or not name.strip() or model_name(name) in ours:
-        return []
-    message = (
-        f"{CONFIG_FILE}: the soft prompt was trained on {name[:200]!a}; this server runs {base.name!r}. If this is "
-        "the same model under another name, upload with allow_other_base=true (prelude push --allow-other-base)"
-    )
-    return [Fault("base_model_mismatch", message, CONFIG_FILE, "base_model_name_or_path")]
 
 
 def _tensor_faults(

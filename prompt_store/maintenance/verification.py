@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from prompt_store.catalog import schema
 from prompt_store.catalog.lookups import live
+from prompt_store.catalog.records import rollout_in
 from prompt_store.catalog.schema import aliases, prompts, version_files, versions
 from prompt_store.errors import CorruptBlobError
 from prompt_store.maintenance.existing import existing_store, named_blobs
@@ -98,10 +99,30 @@ def _catalog_faults(connection: sa.Connection) -> list[str]:
         f"{name}@{alias} points at version {version}, which does not exist"
         for name, alias, version in connection.execute(dangling)
     ]
+    faults += _rollout_faults(connection)
     number = sa.select(sa.func.count()).where(versions.c.prompt_id == prompts.c.id, live).scalar_subquery()
     wrong = sa.select(prompts.c.name, prompts.c.num_versions, number).where(prompts.c.num_versions != number)
     faults += [
         f"{name} has {found} versions, and the catalog counts {counted}"
         for name, counted, found in connection.execute(wrong.order_by(prompts.c.name))
     ]
+    return faults
+
+
+def _rollout_faults(connection: sa.Connection) -> list[str]:
+    """Rollouts that name versions which do not exist."""
+    query = (
+        sa.select(aliases, prompts.c.name)
+        .join(prompts, prompts.c.id == aliases.c.prompt_id)
+        .where(aliases.c.rollout.is_not(None))
+        .order_by(prompts.c.name, aliases.c.alias)
+    )
+    faults = []
+    for row in connection.execute(query).all():
+        numbers = rollout_in(row).versions
+        existing = sa.select(versions.c.version).where(
+            versions.c.prompt_id == row.prompt_id, versions.c.version.in_(numbers), live
+        )
+        missing = sorted(numbers - set(connection.execute(existing).scalars()))
+        faults += [f"{row.name}@{row.alias} sends requests to version {one}, which does not exist" for one in missing]
     return faults

@@ -47,6 +47,22 @@ Exact match on 150 held-out examples per task, with greedy decoding in the serve
 | soft prompt | dtype | with soft prompt | without | with an instruction |
 | --- | --- | --- | --- | --- |
 {accuracy}
+
+## An adapter, and a soft prompt over it
+
+The LoRA adapter `fields` answers an order mail with its fields, the order first, which the corpus never does. The
+soft prompt `date-field` was trained over it, and answers a date as a field. Both are made by `prelude train` on a
+server, on {adapter_examples} examples each, in float32 with one thread (`scripts/demo_build/adapters.py`):
+
+```bash
+{recipes}
+```
+
+| name | type | bytes | seconds | exact match, 150 held-out examples | bare model |
+| --- | --- | --- | --- | --- | --- |
+{adapters}
+
+`fields` without `date-field` answers {alone} of the dates so.
 """
 
 DESCRIPTIONS = {
@@ -71,6 +87,17 @@ def render_card(figures: dict[str, Any]) -> str:
             f"| {name} | {DESCRIPTIONS[name]} | {row['peft_type']} | {row['num_virtual_tokens']} | {row['seconds']} |"
             for name, row in prompts.items()
         ),
+        adapter_examples=f"{next(iter(figures['adapters'].values()))['examples']:,}",
+        recipes="\n".join(
+            f"prelude train --model demo --id {name} --data {name}.jsonl {row['options']} --push"
+            for name, row in figures["adapters"].items()
+        ),
+        adapters="\n".join(
+            f"| {name} | {row['peft_type']}{' over ' + row['over'] if row['over'] else ''} | {row['bytes']:,} | "
+            f"{row['seconds']} | {row['accuracy']['with']:.3f} | {row['accuracy']['without']:.3f} |"
+            for name, row in figures["adapters"].items()
+        ),
+        alone=f"{figures['adapters']['date-field']['accuracy']['adapter alone']:.3f}",
         accuracy="\n".join(
             f"| {name} | {dtype} | {row['with']:.3f} | {row['without']:.3f} | {row['in_words']:.3f} |"
             for dtype, rows in figures["accuracy"].items()

@@ -16,7 +16,8 @@ from server.engine.types import GenerateRequest, SamplingParams, SoftPromptSourc
 MAX_TOKENS = 48
 
 
-def _source(folder: Path) -> SoftPromptSource:
+def source_of(folder: Path) -> SoftPromptSource:
+    """The soft prompt in a folder that PEFT has written."""
     config = json.loads((folder / "adapter_config.json").read_text())
     return SoftPromptSource(
         digest=folder.name,
@@ -26,13 +27,15 @@ def _source(folder: Path) -> SoftPromptSource:
     )
 
 
-def _accuracy(
+def accuracy(
     engine: LLMEngine,
     tokenizer: PreTrainedTokenizerFast,
     pairs: list[dict[str, str]],
     source: SoftPromptSource | None,
+    max_tokens: int = MAX_TOKENS,
 ) -> float:
-    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
+    """The share of inputs with the exact answer, by greedy decoding."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     answers: dict[str, list[int]] = {str(index): [] for index in range(len(pairs))}
     for index, pair in enumerate(pairs):
         ids = tokenizer.encode(pair["input"], add_special_tokens=False)
@@ -57,11 +60,11 @@ def evaluate(model_folder: Path, soft_prompts: Path, heldout: Path) -> dict[str,
             pairs = [json.loads(line) for line in (heldout / f"{task}.jsonl").read_text().splitlines()]
             instructed = [{**pair, "input": f"{grammar.instructions[0]}\n{pair['input']}"} for pair in pairs]
             row = {
-                "without": _accuracy(engine, tokenizer, pairs, None),
-                "in_words": _accuracy(engine, tokenizer, instructed, None),
+                "without": accuracy(engine, tokenizer, pairs, None),
+                "in_words": accuracy(engine, tokenizer, instructed, None),
             }
             if (soft_prompts / task).exists():
-                row["with"] = _accuracy(engine, tokenizer, pairs, _source(soft_prompts / task))
+                row["with"] = accuracy(engine, tokenizer, pairs, source_of(soft_prompts / task))
             figures.setdefault(dtype, {})[task] = {key: round(value, 4) for key, value in row.items()}
             print(dtype, task, figures[dtype][task], flush=True)
         engine.close()

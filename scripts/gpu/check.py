@@ -25,7 +25,16 @@ from pathlib import Path
 from scripts.gpu.results import Figure, Results, read_figures, table
 
 ROOT = Path(__file__).parents[2]
-BUDGETS = {"ceilings": 30, "kernels": 80, "tests": 120, "steps": 90, "mixed": 60, "loads": 40, "peers": 60}
+BUDGETS = {
+    "ceilings": 30,
+    "kernels": 70,
+    "tests": 120,
+    "steps": 70,
+    "adapters": 60,
+    "mixed": 50,
+    "loads": 40,
+    "peers": 40,
+}
 """Seconds of each part of a check of 480 seconds, imports included; they scale with ``--seconds``."""
 
 FIGURES = "figures.jsonl"

@@ -10,7 +10,7 @@ from benchmarks.prefill_parts.first_token import EngineStepper
 from scripts.gpu.device import synchronise
 from scripts.gpu.models import Scale
 from server.engine.llm_engine import LLMEngine
-from server.engine.types import SoftPromptSource
+from server.engine.types import AdapterSource, SoftPromptSource
 
 MAX_TOKENS = 4096
 
@@ -32,7 +32,12 @@ def step_seconds(step: Callable[[], object], scale: Scale, count: int) -> float:
 
 @contextmanager
 def running(
-    engine: LLMEngine, scale: Scale, batch: int, sources: Sequence[SoftPromptSource] = (), context: int | None = None
+    engine: LLMEngine,
+    scale: Scale,
+    batch: int,
+    sources: Sequence[SoftPromptSource] = (),
+    context: int | None = None,
+    adapters: Sequence[AdapterSource] = (),
 ) -> Iterator[EngineStepper]:
     """An engine with running sequences; they are aborted at the end.
 
@@ -42,8 +47,9 @@ def running(
         batch: Number of sequences.
         sources: The soft prompts that they use in turn.
         context: Positions of each sequence, virtual tokens included; None for the scale's.
+        adapters: The adapters that they use in turn.
     """
-    stepper = EngineStepper(engine, sources)
+    stepper = EngineStepper(engine, sources, adapters)
     waiting = set()
     for number in range(batch):
         num_virtual = sources[number % len(sources)].num_virtual_tokens if sources else 0

@@ -18,6 +18,7 @@ PARTS = {
     "kernels": "kernels",
     "tests": "suite",
     "steps": "steps",
+    "adapters": "adapters",
     "mixed": "mixed",
     "loads": "loads",
     "peers": "peers",

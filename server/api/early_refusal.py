@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.http.http_middleware import HttpMiddleware
+from server.api.inference.entry import is_batch_tier
 from server.api.inference.request_record import begin_record
 from server.api.keys.callers import caller_of
 from server.api.operations import matched
@@ -19,6 +20,7 @@ class _Fields(msgspec.Struct):
 
     model: str | None = None
     priority: int | None = None
+    service_tier: str | None = None
 
 
 class AdmissionMiddleware(HttpMiddleware):
@@ -55,8 +57,9 @@ class AdmissionMiddleware(HttpMiddleware):
 
     def _refusal(self, scope: Scope, fields: _Fields) -> OverloadedError | WaitTimeoutError | None:
         try:
-            self._services.admission.check(
-                caller_of(Request(scope)).tenant, self._limit, priority=fields.priority or 0
+            is_batch = is_batch_tier(fields.service_tier)
+            self._services.admission_of(is_batch=is_batch).check(
+                caller_of(Request(scope)).tenant, None if is_batch else self._limit, priority=fields.priority or 0
             )
         except (OverloadedError, WaitTimeoutError) as error:
             return error

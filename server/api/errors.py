@@ -16,6 +16,8 @@ from starlette.responses import Response
 from prompt_store.errors import (
     CorruptBlobError,
     InvalidPromptError,
+    JobNotFoundError,
+    JobsFullError,
     PromptConflictError,
     PromptForbiddenError,
     PromptInUseError,
@@ -50,6 +52,7 @@ from server.errors import (
     UnsupportedByEngineError,
     UnsupportedError,
     WaitTimeoutError,
+    WrongAdapterError,
 )
 from server.logs import FIELDS
 
@@ -88,6 +91,7 @@ _CLOSE = {"connection": "close"}
 _TABLE: dict[type[Exception], _Row] = {
     InvalidRequestError: _Row(400, _REQUEST_ERROR, "invalid_request"),
     ContextLengthError: _Row(400, _REQUEST_ERROR, "context_length_exceeded"),
+    WrongAdapterError: _Row(400, _REQUEST_ERROR, "wrong_adapter"),
     UnsupportedError: _Row(400, _REQUEST_ERROR, "unsupported_parameter"),
     InvalidPromptError: _Row(400, _REQUEST_ERROR, "invalid_prompt"),
     AuthenticationError: _Row(401, _REQUEST_ERROR, "invalid_api_key", {"www-authenticate": "Bearer"}),
@@ -98,6 +102,7 @@ _TABLE: dict[type[Exception], _Row] = {
     ModelNotFoundError: _Row(404, _REQUEST_ERROR, "model_not_found"),
     SoftPromptNotFoundError: _Row(404, _REQUEST_ERROR, "prompt_not_found"),
     PromptNotFoundError: _Row(404, _REQUEST_ERROR, "prompt_not_found"),
+    JobNotFoundError: _Row(404, _REQUEST_ERROR, "not_found"),
     PromptConflictError: _Row(409, "conflict_error", "conflict", {"x-should-retry": "false"}),
     PromptInUseError: _Row(409, "conflict_error", "in_use", {"x-should-retry": "false"}),
     PinBudgetError: _Row(409, "conflict_error", "pin_budget_exceeded", {"x-should-retry": "false"}),
@@ -108,6 +113,7 @@ _TABLE: dict[type[Exception], _Row] = {
     MisdirectedRequestError: _Row(421, _REQUEST_ERROR, "misdirected_request"),
     RateLimitError: _Row(429, "rate_limit_error", "rate_limit_exceeded"),
     OverloadedError: _Row(429, "rate_limit_error", "overloaded", {"retry-after": "1"}),
+    JobsFullError: _Row(429, "rate_limit_error", "too_many_jobs", {"retry-after": "60"}),
     WaitTimeoutError: _Row(503, _UNAVAILABLE, "overloaded_waiting", {"retry-after": "5"}),
     ConstraintError: _Row(400, _REQUEST_ERROR, "invalid_constraint"),
     RequestRefusedError: _Row(400, _REQUEST_ERROR, "request_refused"),
@@ -194,7 +200,7 @@ def describe(error: Exception, *, request_id: str) -> ErrorReply:
     if row.status >= 500 and not row.is_public:
         logger.error("request %s failed", request_id, exc_info=error, extra={FIELDS: {"request_id": request_id}})
     message = (str(error) if row.is_public else _PUBLIC_TEXT[row.code]) or row.code
-    details = None
+    details = error.details if isinstance(error, ServerError) else None
     if isinstance(error, InvalidPromptError):
         details = [
             {"code": fault.code, "message": fault.message, "file": fault.file, "field": fault.field}

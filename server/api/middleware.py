@@ -15,10 +15,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.http.http_middleware import HttpMiddleware
 from server.api.http.multipart import discard_rest
 from server.api.inference.request_record import RequestRecord
-from server.api.keys.callers import Caller
-from server.api.keys.keys import ApiKeys
+from server.api.keys.callers import IN_PROCESS_CALLER, Caller
+from server.api.keys.sessions import Sessions
 from server.api.operations import Operations, matched
-from server.metrics import Metrics
+from server.api.session_cookies import caller_by_cookie
+from server.metrics.metrics import Metrics
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 """Accepted incoming ids; they cannot forge a log line or a header."""
@@ -83,6 +84,7 @@ class RequestIdMiddleware(HttpMiddleware):
             await reply.response()(scope, receive, send_with_id)
         finally:
             record.total_seconds = time.monotonic() - record.started
+            self._metrics.count_http(record.method, found.route, record.status)
             for observe in self._observers:
                 observe(record)
 
@@ -92,26 +94,38 @@ class ApiKeyMiddleware(HttpMiddleware):
 
     Args:
         app: The rest of the application.
-        keys: The keys.
+        sessions: The sessions of the console, each in place of a key, with the keys.
         open_metrics: Whether metrics need no key.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: ApiKeys, open_metrics: bool = False) -> None:
+    def __init__(self, app: ASGIApp, *, sessions: Sessions, open_metrics: bool = False) -> None:
         super().__init__(app)
-        self._keys = keys
+        self._keys = sessions.keys
+        self._sessions = sessions
         self._open_metrics = open_metrics
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the key of one request."""
         found = matched(scope)
         if not (found.is_open or (self._open_metrics and found.is_metrics)):
-            caller = self._keys.check(Headers(scope=scope).get("authorization"))
-            scope["state"]["record"].tenant = caller.tenant
+            caller = scope.get(IN_PROCESS_CALLER) or self._authenticate(scope)
+            record = scope["state"]["record"]
+            record.tenant, record.key, record.key_name = caller.tenant, caller.name, caller.key_name
             found.check_access(caller)
             scope["state"]["caller"] = caller
             if found.operation is not None and found.operation.quota is not None:
                 send = _with_limits(caller, send)
         await self.app(scope, receive, send)
+
+    def _authenticate(self, scope: Scope) -> Caller:
+        """The caller of a request: by ``Authorization`` if it is there, otherwise by the cookie of a session."""
+        authorization = Headers(scope=scope).get("authorization")
+        by_cookie = None if authorization is not None else caller_by_cookie(scope, self._sessions)
+        if by_cookie is not None:
+            return by_cookie
+        caller = self._keys.check(authorization)
+        scope["state"]["is_current"] = lambda: self._keys.named(caller.name) is not None
+        return caller
 
 
 def _with_limits(caller: Caller, send: Send) -> Send:

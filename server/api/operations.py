@@ -40,6 +40,7 @@ class Operation:
     Attributes:
         scopes: An API key needs one of them; any key is enough if there are none. None: no key is needed.
         errors: Statuses of errors, besides those that follow from ``scopes``, parameters and the request body.
+        is_probe: Whether it is requested periodically to see whether the server works.
         is_metrics: Whether ``--open-metrics`` serves it without an API key.
         quota: Limits of the API key that a request counts against.
         work: OpenTelemetry's ``gen_ai.operation.name``, for requests that the model works on. They are refused before
@@ -53,6 +54,7 @@ class Operation:
 
     scopes: AbstractSet[Scope] | None
     errors: Collection[int] = (503,)
+    is_probe: bool = False
     is_metrics: bool = False
     quota: Quota | None = None
     work: str | None = None
@@ -75,10 +77,12 @@ class Matched:
     Attributes:
         operation: The operation; None if the path has none for this method.
         by_method: All operations of the path; empty for an unknown path.
+        route: The template of the path, such as ``/v1/prompts/{id}``; None for an unknown path.
     """
 
     operation: Operation | None
     by_method: Mapping[str, Operation]
+    route: str | None = None
 
     @property
     def is_open(self) -> bool:
@@ -88,7 +92,7 @@ class Matched:
     @property
     def is_polled(self) -> bool:
         """Whether the path is for probes or metrics, which are requested periodically."""
-        return self.is_open or self.is_metrics
+        return self.is_metrics or any(operation.is_probe for operation in self.by_method.values())
 
     @property
     def is_metrics(self) -> bool:
@@ -132,15 +136,18 @@ class Operations:
             path, methods, operation = _declared(route)
             for method in methods:
                 self.by_route[method, path] = by_path.setdefault(path, {})[method] = operation
-        self._patterns = [(compile_path(path)[0], by_method) for path, by_method in by_path.items()]
+        self._patterns = [(compile_path(path)[0], path, by_method) for path, by_method in by_path.items()]
 
     def match(self, method: str, path: str) -> Matched:
         """Find the operation of a request."""
         by_method: dict[str, Operation] = {}
-        for pattern, operations in self._patterns:
+        route = None
+        for pattern, template, operations in self._patterns:
             if pattern.match(path):
-                by_method |= operations
-        return Matched(by_method.get(method), by_method)
+                if route is None or (method in operations and method not in by_method):
+                    route = template
+                by_method = operations | by_method  # the first route answers, as in Starlette
+        return Matched(by_method.get(method), by_method, route)
 
 
 def _declared(route: BaseRoute) -> tuple[str, list[str], Operation]:

@@ -22,7 +22,7 @@ _METRICS_CONTENT: dict[str, Any] = {
 
 
 @router.get("/live")
-@Operation(scopes=None, errors=())
+@Operation(scopes=None, errors=(), is_probe=True)
 async def live() -> dict[str, str]:
     """Liveness: the process answers HTTP, even while the model is loading."""
     return {"status": "live"}
@@ -30,7 +30,7 @@ async def live() -> dict[str, str]:
 
 @router.get("/health")
 @router.get("/ready")
-@Operation(scopes=None)
+@Operation(scopes=None, is_probe=True)
 async def ready(services: ServicesDep) -> dict[str, str]:
     """Readiness: 200 if requests are accepted, otherwise 503 with the reason.
 

@@ -6,6 +6,10 @@ import re
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from starlette.requests import Request
+
+from server.api.errors import field_path
+from server.errors import InvalidRequestError, MediaTypeError
 
 
 class RequestBody(BaseModel):
@@ -87,3 +91,35 @@ def check_unicode(texts: Sequence[str]) -> None:
             text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"should be Unicode: character {error.start} is half of a surrogate pair") from error
+
+
+async def require_json(request: Request) -> None:
+    """A route's dependency that rejects bodies without the content type of JSON, and text that is not Unicode.
+
+    Browsers send other content types across origins without a preflight request. Half surrogate pairs are rejected
+    here so that later code can encode every text.
+
+    Raises:
+        MediaTypeError: If the content type is not JSON.
+        InvalidRequestError: If a text has half of a surrogate pair; the message names the field.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise MediaTypeError("the body must be JSON, with 'Content-Type: application/json'")
+    # Neither call waits: FastAPI reads the body before it resolves dependencies.
+    if may_have_halves(await request.body()):
+        loc = half_pair_in(await request.json())
+        if loc is not None:
+            field = field_path(loc)
+            where = field or "the body"
+            raise InvalidRequestError(f"{where}: should be Unicode, without half of a surrogate pair", param=field)
+
+
+async def require_json_or_nothing(request: Request) -> None:
+    """A route's dependency that accepts no body, or one that ``require_json`` accepts.
+
+    Raises:
+        MediaTypeError: If there is a body whose content type is not JSON.
+    """
+    if await request.body():
+        await require_json(request)

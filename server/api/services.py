@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,16 @@ from typing import Annotated, Any, Protocol
 from fastapi import Depends
 from starlette.requests import Request
 
+from prompt_store.adapters import AdapterLimits
 from prompt_store.types import BaseModelSpec
 from server.api.admission import Admission
-from server.api.errors import field_path
-from server.api.request_body import half_pair_in, may_have_halves
+from server.api.keys.keys import ApiKeys
+from server.api.live_names import LiveNames
+from server.api.load import Load
+from server.api.shadowing import Shadowing
 from server.api.soft_prompts.async_store import AsyncPromptStore
+from server.api.soft_prompts.catalog_changes import CatalogChanges
+from server.api.soft_prompts.usage_counter import UsageCounter
 from server.api.soft_prompts.warming import Warmer
 from server.config import Settings
 from server.continuations import Context
@@ -26,11 +32,9 @@ from server.errors import (
     EngineNotReadyError,
     EngineRestartingError,
     EngineStartError,
-    InvalidRequestError,
-    MediaTypeError,
     ServerError,
 )
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 
 
 class Tokenizer(Protocol):
@@ -130,8 +134,25 @@ class Phase(StrEnum):
 
     LOADING = "loading"
     SERVING = "serving"
+    RESTARTING = "restarting"
+    """Only of a ``Status``: the engine is being restarted, or soft prompts reloaded after that."""
     FAILED = "failed"
     DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Whether requests are accepted.
+
+    Attributes:
+        phase: The phase, in which restarts of the engine count.
+        since: Unix time in seconds at which it began.
+        reason: Why requests are refused; None while they are accepted.
+    """
+
+    phase: Phase
+    since: float
+    reason: str | None = None
 
 
 @dataclass(slots=True)
@@ -141,25 +162,31 @@ class Lifecycle:
     Attributes:
         phase: The current phase.
         failure: Why the engine could not start, if ``phase`` is ``failed``.
+        since: Unix time in seconds at which the phase began.
     """
 
     phase: Phase = Phase.LOADING
     failure: ServerError | None = None
+    since: float = field(default_factory=time.time)
 
     def serve(self) -> None:
         """Accept requests: the model is loaded. No effect if the server is stopping already."""
         if self.phase is Phase.LOADING:
-            self.phase = Phase.SERVING
+            self._enter(Phase.SERVING)
 
     def fail(self, error: ServerError) -> None:
         """Reject all requests: the engine cannot start."""
-        self.phase = Phase.FAILED
+        self._enter(Phase.FAILED)
         self.failure = error
 
     def drain(self) -> None:
         """Stop accepting requests."""
-        if self.phase is not Phase.FAILED:
-            self.phase = Phase.DRAINING
+        if self.phase not in (Phase.FAILED, Phase.DRAINING):
+            self._enter(Phase.DRAINING)
+
+    def _enter(self, phase: Phase) -> None:
+        self.phase = phase
+        self.since = time.time()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -170,7 +197,16 @@ class Services:
         base_name: The base model's name in the API.
         warmer: Loads soft prompts before their first request, and holds the pins.
         admission: The permits of sequences.
+        batch_admission: Those of the service tier ``batch``.
+        has_keys: Whether requests need an API key.
+        usage: Counts the use of versions.
+        names: What the sequences in flight and the soft prompts on the device are called.
+        load: The load of the last hour.
+        catalog_changes: Names that have changed.
+        num_subscribers: Clients of ``/v1/events``.
+        shadowing: Sends copies of requests to shadow versions.
         loaded_tokenizer: None until the model is loaded.
+        api_keys: The accepted API keys; None if there are none.
         created: When the server started, in Unix seconds.
     """
 
@@ -180,10 +216,24 @@ class Services:
     store: AsyncPromptStore
     warmer: Warmer
     admission: Admission
+    batch_admission: Admission
     metrics: Metrics
+    has_keys: bool = False
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     loaded_tokenizer: Tokenizer | None = None
+    usage: UsageCounter = field(init=False)
+    names: LiveNames = field(default_factory=LiveNames)
+    load: Load = field(default_factory=Load)
+    catalog_changes: CatalogChanges = field(default_factory=CatalogChanges)
+    num_subscribers: int = 0
+    shadowing: Shadowing = field(init=False)
+    api_keys: ApiKeys | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.usage = UsageCounter(self.store)
+        self.warmer.on_warmed = self.names.know
+        self.shadowing = Shadowing(self.metrics, is_crowded=lambda: self.engine.stats.num_waiting > 0)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -195,6 +245,10 @@ class Services:
         if self.loaded_tokenizer is None:
             raise EngineNotReadyError("the model is still being loaded")
         return self.loaded_tokenizer
+
+    def admission_of(self, *, is_batch: bool) -> Admission:
+        """The permits of a service tier."""
+        return self.batch_admission if is_batch else self.admission
 
     def max_wait(self, requested: float | None) -> float | None:
         """Seconds that a request may wait in the queue: its timeout or the server's limit, the shorter.
@@ -210,7 +264,7 @@ class Services:
 
     @property
     def base_spec(self) -> BaseModelSpec:
-        """The properties that a soft prompt must match.
+        """The properties that a soft prompt or an adapter must match.
 
         Raises:
             EngineNotReadyError: If the model is not loaded yet.
@@ -226,8 +280,40 @@ class Services:
             dtype=model.dtype,
             hidden_size=model.hidden_size,
             # A directory may be a link or "."; both forms of a hub id have the same last part.
-            other_names=(source, os.path.realpath(source)),
+            other_names=(source, os.path.realpath(source), *self.settings.store.base_alias),
+            modules=model.modules,
+            adapters_off=model.adapters_off,
+            adapter_parts=model.adapter_parts,
+            digests=model.base_digests,
         )
+
+    @property
+    def adapter_limits(self) -> AdapterLimits:
+        """The largest rank and size of an adapter; EngineNotReadyError if the model is not loaded yet."""
+        settings = self.settings.engine
+        is_on_gpu = self.engine.model.device.startswith("cuda")
+        max_bytes = min(settings.adapter_host_bytes, settings.adapter_device_bytes if is_on_gpu else sys.maxsize)
+        return AdapterLimits(settings.max_adapter_rank, max_bytes)
+
+    @property
+    def status(self) -> Status:
+        """Whether new requests are accepted, since when, and why not."""
+        lifecycle, engine = self.lifecycle, self.engine
+        match lifecycle.phase:
+            case Phase.LOADING:
+                return Status(Phase.LOADING, lifecycle.since, "the model is still being loaded")
+            case Phase.DRAINING:
+                return Status(Phase.DRAINING, lifecycle.since, "the server is shutting down")
+            case Phase.FAILED:
+                return Status(Phase.FAILED, lifecycle.since, f"the engine could not start: {lifecycle.failure}")
+        since = max(lifecycle.since, engine.since)
+        if engine.outage is not None:
+            return Status(Phase.RESTARTING, since, f"engine restarting: {engine.outage}")
+        if not engine.is_ready:
+            return Status(Phase.FAILED, since, "the engine process has ended")
+        if self.warmer.is_restoring:
+            return Status(Phase.RESTARTING, since, "engine restarting: soft prompts are being reloaded")
+        return Status(Phase.SERVING, since)
 
     def require_ready(self) -> None:
         """Check that new requests are accepted.
@@ -238,20 +324,17 @@ class Services:
             EngineRestartingError: If the engine process is being restarted.
             EngineDeadError: If the engine process has ended and is not restarted.
         """
-        match self.lifecycle.phase:
-            case Phase.LOADING:
-                raise EngineNotReadyError("the model is still being loaded")
-            case Phase.DRAINING:
-                raise EngineNotReadyError("the server is shutting down")
+        status = self.status
+        if status.reason is None:
+            return
+        match status.phase:
+            case Phase.RESTARTING:
+                raise EngineRestartingError(status.reason)
             case Phase.FAILED:
-                raise EngineStartError(f"the engine could not start: {self.lifecycle.failure}")
-            case Phase.SERVING:
-                if self.engine.outage is not None:
-                    raise EngineRestartingError(f"engine restarting: {self.engine.outage}")
-                if not self.engine.is_ready:
-                    raise EngineDeadError("the engine process has ended")
-                if self.warmer.is_restoring:
-                    raise EngineRestartingError("engine restarting: soft prompts are being reloaded")
+                is_started = self.lifecycle.phase is not Phase.FAILED
+                raise (EngineDeadError if is_started else EngineStartError)(status.reason)
+            case _:
+                raise EngineNotReadyError(status.reason)
 
 
 async def get_services(request: Request) -> Services:
@@ -268,35 +351,3 @@ ServicesDep = Annotated[Services, Depends(get_services)]
 async def require_ready(services: ServicesDep) -> None:
     """A route's dependency that rejects requests while the server does not serve."""
     services.require_ready()
-
-
-async def require_json(request: Request) -> None:
-    """A route's dependency that rejects bodies without the content type of JSON, and text that is not Unicode.
-
-    Browsers send other content types across origins without a preflight request. Half surrogate pairs are rejected
-    here so that later code can encode every text.
-
-    Raises:
-        MediaTypeError: If the content type is not JSON.
-        InvalidRequestError: If a text has half of a surrogate pair; the message names the field.
-    """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise MediaTypeError("the body must be JSON, with 'Content-Type: application/json'")
-    # Neither call waits: FastAPI reads the body before it resolves dependencies.
-    if may_have_halves(await request.body()):
-        loc = half_pair_in(await request.json())
-        if loc is not None:
-            field = field_path(loc)
-            where = field or "the body"
-            raise InvalidRequestError(f"{where}: should be Unicode, without half of a surrogate pair", param=field)
-
-
-async def require_json_or_nothing(request: Request) -> None:
-    """A route's dependency that accepts no body, or one that ``require_json`` accepts.
-
-    Raises:
-        MediaTypeError: If there is a body whose content type is not JSON.
-    """
-    if await request.body():
-        await require_json(request)

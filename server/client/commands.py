@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,10 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, PromptRef, TaskType, check_name
+from prompt_store.types import CONFIG_FILE, DEFAULT_ALIAS, WEIGHTS_FILE, PromptKind, PromptRef, TaskType, check_name
 from server.client import tables
+from server.client.base_layers import BaseLayersError, without_base_layers
 from server.client.http import ClientError, OnBytes, PreludeClient
 from server.client.peft_directory import is_archive
+from server.client.prompt_formats import UNKNOWN, ChosenFormat, format_of_directory, given_format
+from server.client.registry.times import parse_duration
 
 app = typer.Typer(add_completion=False)
 
@@ -73,6 +76,10 @@ Expect = Annotated[
     int | None,
     typer.Option(min=1, metavar="V", help="Only if the alias points at this version; otherwise exit with 5."),
 ]
+Reason = Annotated[str | None, typer.Option(metavar="TEXT", help="Reason of the change, for the history.")]
+AllTenants = Annotated[
+    bool, typer.Option("--all-tenants", help="Include the soft prompts of all tenants; needs the scope admin.")
+]
 TaskId = Annotated[int | None, typer.Option(min=0, help="Task id of a multitask prompt, from 0.")]
 
 
@@ -101,31 +108,65 @@ def push(
     task_type: Annotated[
         TaskType | None, typer.Option(help="Task type, if the adapter's configuration does not state it.")
     ] = None,
+    drop_base_layers: Annotated[
+        bool,
+        typer.Option("--drop-base-layers", help="Leave out copies of the base's embeddings and head."),
+    ] = False,
+    prompt_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="How it wants to be asked: raw, chat, unknown, a JSON object, or a file with one or with a Jinja "
+            "template; default: as trained or guessed.",
+        ),
+    ] = None,
+    over: Annotated[
+        str | None,
+        typer.Option(metavar="NAME@V", help="The adapter that the soft prompt was trained over; used with it."),
+    ] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Upload a PEFT directory as the next version of a soft prompt."""
+    """Upload a PEFT directory as the next version of a soft prompt or an adapter."""
     if not directory.is_dir():
         what = "an archive: unpack it, and give" if is_archive(directory) else "a file: give"
         raise typer.BadParameter(f"{directory} is {what} the directory that save_pretrained() wrote")
-    sizes = [path.stat().st_size for file in (CONFIG_FILE, WEIGHTS_FILE) if (path := directory / file).is_file()]
-    with serving(url, api_key, as_json=as_json) as client, _progress("uploading", sum(sizes)) as on_bytes:
-        version, created = client.push(
-            directory,
-            name=name,
-            alias=alias,
-            description=description,
-            tags=tag or (),
-            metadata=metadata,
-            lineage=lineage,
-            shared=shared,
-            allow_other_base=allow_other_base,
-            task_type=task_type,
-            on_bytes=on_bytes,
-        )
-    known = "" if created else " (unchanged: this version has the same bytes)"
-    answer(version, as_json, f"{version['id']}@{version['version']}{known}")
+    with ExitStack() as stack:
+        client = stack.enter_context(serving(url, api_key, as_json=as_json))
+        chosen = _chosen_format(directory, prompt_format)
+        if drop_base_layers and all((directory / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE)):
+            try:
+                directory, num_bytes = stack.enter_context(without_base_layers(directory))
+            except BaseLayersError as error:
+                raise typer.BadParameter(str(error)) from error
+            if not as_json:
+                typer.echo(f"left out {num_bytes:,} bytes of the base's tensors", err=True)
+        sizes = [path.stat().st_size for file in (CONFIG_FILE, WEIGHTS_FILE) if (path := directory / file).is_file()]
+        with _progress("uploading", sum(sizes)) as on_bytes:
+            version, created = client.push(
+                directory,
+                name=name,
+                alias=alias,
+                description=description,
+                tags=tag or (),
+                metadata=metadata,
+                lineage=lineage,
+                shared=shared,
+                allow_other_base=allow_other_base,
+                task_type=task_type,
+                prompt_format=chosen.text,
+                over=over,
+                on_bytes=on_bytes,
+            )
+    source = "" if chosen.source is None else f" ({chosen.source}; --format sets another)"
+    recorded = (version.get("format") or {}).get("type", UNKNOWN)
+    if recorded != chosen.name:
+        source = f"; it was published with this format, and {chosen.name} was not recorded"
+    answer(version, as_json, tables.pushed(version, created=created), f"format {recorded}{source}")
+    for warning in version["warnings"]:
+        typer.echo(f"prelude: {tables.clean(warning)}", err=True)
 
 
 @_command("pull")
@@ -138,7 +179,7 @@ def pull(
     api_key: ApiKey = None,
 ) -> None:
     """Download a version's files, byte for byte as they were uploaded, and verify their digests."""
-    ref = _ref(target)
+    ref = parse_ref(target)
     with serving(url, api_key, as_json=as_json) as client:
         version = client.version(ref)
         with _progress("downloading", version["size"]) as on_bytes:
@@ -148,16 +189,24 @@ def pull(
 
 @_command("list")
 def list_(
-    tag: Annotated[str | None, typer.Option(help="List only soft prompts with this tag.")] = None,
+    tag: Annotated[str | None, typer.Option(help="List only names with this tag.")] = None,
+    kind: Annotated[PromptKind | None, typer.Option(help="List only names with a version of this kind.")] = None,
+    unused_for: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Only those neither published nor used within this time: 30d.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number to list; default: all.")] = None,
+    all_tenants: AllTenants = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """List the soft prompts."""
-    with serving(url, api_key, as_json=as_json) as client:
+    """List the soft prompts and adapters."""
+    seconds = None if unused_for is None else parse_duration(unused_for)
+    with serving(url, api_key, as_json=as_json, all_tenants=all_tenants) as client:
         # One more than requested, to know whether there are more.
-        found = list(client.prompts(tag=tag, limit=None if limit is None else limit + 1))
+        found = list(
+            client.prompts(tag=tag, kind=kind, limit=None if limit is None else limit + 1, unused_for=seconds)
+        )
     data = found[:limit]
     page = {
         "object": "list",
@@ -174,13 +223,14 @@ def show(
     limit: Annotated[
         int, typer.Option(min=1, max=1000, help="Maximum number of versions and of history entries.")
     ] = 20,
+    all_tenants: AllTenants = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
     """Show a soft prompt with its aliases, versions and history, or one version."""
-    ref = _ref(target)
-    with serving(url, api_key, as_json=as_json) as client:
+    ref = parse_ref(target)
+    with serving(url, api_key, as_json=as_json, all_tenants=all_tenants) as client:
         if "@" in target:
             version = client.version(ref)
             answer(version, as_json, *tables.version(version))
@@ -196,6 +246,7 @@ def rollback(
     name: Name,
     alias: Alias = DEFAULT_ALIAS,
     expect: Expect = None,
+    reason: Reason = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -204,7 +255,7 @@ def rollback(
     checked(name, "name")
     checked(alias, "alias")
     with serving(url, api_key, as_json=as_json) as client:
-        reply = client.rollback(name, alias, expected=expect)
+        reply = client.rollback(name, alias, expected=expect, reason=reason)
     answer(reply, as_json, f"{name}@{alias} is version {reply['version']}")
 
 
@@ -215,18 +266,20 @@ def rm(
         bool,
         typer.Option("--yes", "-y", help="Do not ask, and delete aliases and several versions too."),
     ] = False,
+    reason: Reason = None,
+    all_tenants: AllTenants = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
     """Delete a soft prompt or one version; asks on a terminal. `restore` undoes it."""
     ref = _number_or_name(target)
-    with serving(url, api_key, as_json=as_json) as client:
+    with serving(url, api_key, as_json=as_json, all_tenants=all_tenants) as client:
         if not yes and sys.stdin.isatty():
             what, yes = _removal(client.prompt(ref.name), ref.version)
             typer.confirm(f"This deletes {what}. Continue?", abort=True, err=True)
         # Without a terminal and without --yes, the server refuses what has to be forced.
-        deleted = client.remove(ref.name, ref.version, force=yes)
+        deleted = client.remove(ref.name, ref.version, force=yes, reason=reason)
     answer(deleted, as_json, *tables.deleted(target, deleted))
 
 
@@ -235,13 +288,14 @@ def restore(
     target: Annotated[
         str, typer.Argument(metavar="NAME", help="A soft prompt, or NAME@VERSION for one deleted version.")
     ],
+    all_tenants: AllTenants = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
     """Undo the last deletion of a soft prompt, or restore one version, with the aliases."""
     ref = _number_or_name(target)
-    with serving(url, api_key, as_json=as_json) as client:
+    with serving(url, api_key, as_json=as_json, all_tenants=all_tenants) as client:
         restored = client.restore(ref.name, ref.version)
     answer(restored, as_json, *tables.restored(restored))
 
@@ -257,8 +311,8 @@ def inspect(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Compare a soft prompt with the model: norms, and the vocabulary tokens nearest to its rows."""
-    ref = _ref(target)
+    """Compare a soft prompt with the model by norms and nearest tokens, or show what an adapter changes."""
+    ref = parse_ref(target)
     with serving(url, api_key, as_json=as_json) as client:
         found = client.inspect(ref, top_k=top_k, task_id=task_id)
     answer(found, as_json, *tables.inspection(found))
@@ -278,8 +332,8 @@ def warm(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Load a soft prompt onto the device before its first request."""
-    ref = _ref(target)
+    """Load a soft prompt or an adapter onto the device before its first request."""
+    ref = parse_ref(target)
     with serving(url, api_key, as_json=as_json) as client:
         reply = client.warm(ref, task_id=task_id, pin=pin)
     what = "is not pinned" if pin is False else f"is warm after {reply['seconds']:.3f} s"
@@ -296,10 +350,10 @@ def status_of(error: ClientError) -> ExitStatus:
 
 
 @contextmanager
-def serving(url: str, api_key: str | None, *, as_json: bool) -> Iterator[PreludeClient]:
+def serving(url: str, api_key: str | None, *, as_json: bool, all_tenants: bool = False) -> Iterator[PreludeClient]:
     """Yield a client. An error is printed in one line, or one per fault of rejected files, and ends the command."""
     try:
-        with PreludeClient(url, api_key=api_key) as client:
+        with PreludeClient(url, api_key=api_key, all_tenants=all_tenants) as client:
             yield client
     except ClientError as error:
         if as_json:
@@ -330,6 +384,21 @@ def answer(value: dict[str, Any], as_json: bool, *shown: Table | str) -> None:
         tables.show(*shown)
 
 
+def _chosen_format(directory: Path, given: str | None) -> ChosenFormat:
+    """The format as given or found; a guess is confirmed on a terminal."""
+    if given is not None:
+        return given_format(given)
+    found = format_of_directory(directory)
+    if found.is_guess and _is_terminal():
+        typer.echo("How does the soft prompt want to be asked: raw text, or in the model's chat template?", err=True)
+        return given_format(typer.prompt(f"Format (raw, chat or {UNKNOWN})", default=found.name, err=True))
+    return found
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
 def _removal(prompt: dict[str, Any], version: int | None) -> tuple[str, bool]:
     """What the deletion of a soft prompt, or of one version, will delete; and whether it has to be forced."""
     aliases = sorted(alias for alias, target in prompt["aliases"].items() if version in (None, target))
@@ -339,17 +408,30 @@ def _removal(prompt: dict[str, Any], version: int | None) -> tuple[str, bool]:
         what = f"{prompt['id']}@{version}"
     if aliases:
         what += f" and the alias{'es' if len(aliases) > 1 else ''} {', '.join(aliases)}"
-    return what, count > 1 if version is None else bool(aliases)
+    sharing = [] if version is None else _in_rollout(prompt, version)
+    if sharing:
+        what += f" and ends the rollout of {', '.join(sharing)}"
+    return what, count > 1 if version is None else bool(aliases or sharing)
+
+
+def _in_rollout(prompt: Mapping[str, Any], version: int) -> list[str]:
+    """The aliases whose rollout names a version."""
+    return [
+        alias
+        for alias, rollout in sorted(prompt.get("rollouts", {}).items())
+        if str(version) in (rollout.get("canaries") or {}) or (rollout.get("shadow") or {}).get("version") == version
+    ]
 
 
 def _number_or_name(target: str) -> PromptRef:
-    ref = _ref(target)
+    ref = parse_ref(target)
     if ref.version is None and "@" in target:
         raise typer.BadParameter(f"{target!r} names an alias; give NAME or NAME@VERSION")
     return ref
 
 
-def _ref(target: str) -> PromptRef:
+def parse_ref(target: str) -> PromptRef:
+    """Parse a reference to a soft prompt; typer.BadParameter if it is malformed."""
     try:
         return PromptRef.parse(target)
     except ValueError as error:

@@ -82,15 +82,17 @@ class PreludeClient:
     Args:
         url: URL of the server, such as ``http://127.0.0.1:8000``.
         api_key: API key, sent with every request.
+        all_tenants: Whether to see and change the soft prompts of all tenants.
 
     Raises:
         ClientError: If the URL is not an http or https URL, or the key cannot be sent in a header.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None) -> None:
+    def __init__(self, url: str, *, api_key: str | None = None, all_tenants: bool = False) -> None:
         self._url = str(server_url(url)).rstrip("/")
         self._has_key = bool(api_key)
-        self._http = httpx.Client(headers=key_headers(api_key), timeout=_TIMEOUT_SECONDS)
+        params = {"all_tenants": "true"} if all_tenants else None
+        self._http = httpx.Client(headers=key_headers(api_key), params=params, timeout=_TIMEOUT_SECONDS)
 
     def __enter__(self) -> Self:
         return self
@@ -115,9 +117,14 @@ class PreludeClient:
         shared: bool = False,
         allow_other_base: bool = False,
         task_type: str | None = None,
+        prompt_format: str | None = None,
+        over: str | None = None,
+        fields: Mapping[str, str] | None = None,
         on_bytes: OnBytes = lambda _: None,
     ) -> tuple[dict[str, Any], bool]:
         """Upload a PEFT directory, streamed from disk; the options are those of ``prelude push``.
+
+        ``fields`` are further fields of the form.
 
         Returns:
             The version, and whether it is new.
@@ -126,10 +133,10 @@ class PreludeClient:
             ClientError: Also if a file is missing.
         """
         texts = {"alias": alias, "description": description, "metadata": metadata, "lineage": lineage}
-        texts["task_type"] = task_type
+        texts |= {"task_type": task_type, "format": prompt_format, "over": over}
         data: dict[str, Any] = {"id": name, "tags": list(tags)}
         data |= {key: "true" for key, is_on in (("shared", shared), ("allow_other_base", allow_other_base)) if is_on}
-        data |= {key: text for key, text in texts.items() if text is not None}
+        data |= {key: text for key, text in (texts | dict(fields or {})).items() if text is not None}
         with ExitStack() as stack:
             files = []
             for filename in (CONFIG_FILE, WEIGHTS_FILE):
@@ -180,9 +187,23 @@ class PreludeClient:
 
     # Reading
 
-    def prompts(self, *, tag: str | None = None, limit: int | None = None) -> Iterator[dict[str, Any]]:
-        """Soft prompts with a tag, at most ``limit``, fetched page by page."""
-        params: dict[str, str | int] = {"tag": tag} if tag is not None else {}
+    def prompts(
+        self,
+        *,
+        tag: str | None = None,
+        kind: str | None = None,
+        limit: int | None = None,
+        unused_for: int | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """Soft prompts and adapters, at most ``limit``, fetched page by page.
+
+        Args:
+            tag: Only names with this tag.
+            kind: Only names with a version of this kind.
+            limit: Maximum number; None for all.
+            unused_for: Only names that were neither published nor used for this number of seconds.
+        """
+        params: dict[str, str | int] = _without_nones(tag=tag, kind=kind, unused_for=unused_for)
         while limit is None or limit > 0:
             params["limit"] = _PAGE if limit is None else min(limit, _PAGE)
             page = _object(self._send("GET", "/v1/prompts", params=params))
@@ -219,6 +240,10 @@ class PreludeClient:
         """The newest versions of a name."""
         return _object(self._send("GET", f"/v1/prompts/{name}/versions", params={"limit": limit}))
 
+    def usage(self, name: str, *, limit: int) -> dict[str, Any]:
+        """The use of the newest versions of a name."""
+        return _object(self._send("GET", f"/v1/prompts/{name}/usage", params={"limit": limit}))
+
     def history(self, name: str, *, limit: int) -> dict[str, Any]:
         """The newest changes of a name's aliases and versions."""
         return _object(self._send("GET", f"/v1/prompts/{name}/history", params={"limit": limit}))
@@ -245,16 +270,29 @@ class PreludeClient:
         """Generate a completion, without streaming."""
         return _object(self._send("POST", "/v1/completions", json=body, timeout=_ENGINE_SECONDS))
 
+    def classify(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Classify texts."""
+        return _object(self._send("POST", "/v1/classify", json=body, timeout=_ENGINE_SECONDS))
+
     # Changing
 
-    def set_alias(self, name: str, alias: str, version: int, *, expected: int | None) -> dict[str, Any]:
-        """Point an alias at a version."""
-        body = _without_nones(version=version, expected_version=expected)
+    def set_alias(
+        self,
+        name: str,
+        alias: str,
+        version: int,
+        *,
+        expected: int | None,
+        reason: str | None = None,
+        rollout: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Point an alias at a version, with a rollout (``canaries`` and ``shadow``) or none."""
+        body = _without_nones(version=version, expected_version=expected, reason=reason) | dict(rollout or {})
         return _object(self._send("PUT", f"/v1/prompts/{name}/aliases/{alias}", json=body))
 
-    def rollback(self, name: str, alias: str, *, expected: int | None) -> dict[str, Any]:
+    def rollback(self, name: str, alias: str, *, expected: int | None, reason: str | None = None) -> dict[str, Any]:
         """Point an alias back at its previous version."""
-        body = _without_nones(expected_version=expected)
+        body = _without_nones(expected_version=expected, reason=reason)
         return _object(self._send("POST", f"/v1/prompts/{name}/aliases/{alias}/rollback", json=body))
 
     def warm(self, ref: PromptRef, *, task_id: int | None, pin: bool | None) -> dict[str, Any]:
@@ -262,14 +300,27 @@ class PreludeClient:
         body = _without_nones(version=ref.version, alias=ref.alias, task_id=task_id, pin=pin)
         return _object(self._send("POST", f"/v1/prompts/{ref.name}/warm", json=body, timeout=_ENGINE_SECONDS))
 
-    def remove(self, name: str, version: int | None = None, *, force: bool = False) -> dict[str, Any]:
+    def remove(
+        self, name: str, version: int | None = None, *, force: bool = False, reason: str | None = None
+    ) -> dict[str, Any]:
         """Delete one version, or all of a name; ``force`` also deletes aliases and several versions."""
         path = f"/v1/prompts/{name}" if version is None else f"/v1/prompts/{name}/versions/{version}"
-        return _object(self._send("DELETE", path, params={"force": "true"} if force else None))
+        params = _without_nones(force="true" if force else None, reason=reason)
+        return _object(self._send("DELETE", path, params=params))
 
     def restore(self, name: str, version: int | None = None) -> dict[str, Any]:
         """Bring back a deleted version, or all that the last deletion of a name has deleted."""
         return _object(self._send("POST", f"/v1/prompts/{name}/restore", json=_without_nones(version=version)))
+
+    # Others
+
+    def call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request whose answer is a JSON object; ``arguments`` are httpx's, such as ``params``, ``json``."""
+        return _object(self._send(method, path, **arguments))
+
+    def send(self, method: str, path: str, **arguments: Any) -> None:
+        """The same for a request whose answer has no body."""
+        self._send(method, path, **arguments)
 
     # Helpers
 

@@ -19,11 +19,6 @@ _MAX_FOLDERS = 1000
 
 _MAX_NAMED = 5
 
-_HOW_TO_CONVERT = (
-    "load it where you trust it and save it again: PeftModel.from_pretrained(base, DIRECTORY)"
-    ".save_pretrained(NEW, safe_serialization=True)"
-)
-
 
 def is_archive(path: Path) -> bool:
     """Whether a file name has the suffix of an archive."""
@@ -39,8 +34,8 @@ def explain_directory(directory: Path) -> str:
     has_config, has_weights = ((directory / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
     if (directory / _PICKLE).is_file() and not has_weights:
         return (
-            f"{directory} contains {_PICKLE}, a pickle, which can run code and is never opened. To get a "
-            f"{WEIGHTS_FILE}, {_HOW_TO_CONVERT}"
+            f"{directory} contains {_PICKLE}, a pickle, which can run code and is never loaded. To get a "
+            f"{WEIGHTS_FILE} without running it: prelude import {directory} --out NEW"
         )
     folders = [] if has_config or has_weights else sorted(_adapters_in(directory), key=_by_number)
     if folders:

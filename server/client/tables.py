@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from prompt_store.types import PromptKind
+
 _GAP = "  "
 _MAX_PADDED = 40
 """Maximum width of a padded column; a wider cell shifts only its own line."""
@@ -50,7 +52,9 @@ def clean(text: object) -> str:
 
 def prompts(data: Iterable[Mapping[str, Any]]) -> Table:
     """Soft prompts, one per line."""
-    table = _table("name", "version", "versions", "aliases", "type", "virtual tokens", "bytes", "tags", "pinned")
+    table = _table(
+        "name", "version", "versions", "aliases", "type", "virtual tokens", "rank", "bytes", "tags", "pinned"
+    )
     for prompt in data:
         latest = prompt["latest"]
         _row(
@@ -58,9 +62,10 @@ def prompts(data: Iterable[Mapping[str, Any]]) -> Table:
             prompt["id"],
             latest["version"],
             prompt["num_versions"],
-            _pairs(prompt["aliases"]),
+            _aliases(prompt),
             latest["peft_type"],
-            latest["num_virtual_tokens"],
+            _positions(latest),
+            _shown(latest["rank"]),
             latest["size"],
             " ".join(latest["tags"]),
             _numbers(prompt["pinned"]),
@@ -68,15 +73,27 @@ def prompts(data: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
-def prompt(summary: Mapping[str, Any], page: Mapping[str, Any], changes: Mapping[str, Any]) -> Iterator[Table | str]:
+def prompt(summary: Mapping[str, Any], page: Mapping[str, Any], history: Mapping[str, Any]) -> Iterator[Table | str]:
     """One soft prompt with its versions and its history."""
     yield _fields(
         name=summary["id"],
-        aliases=_pairs(summary["aliases"]),
+        aliases=_aliases(summary),
         versions=summary["num_versions"],
         pinned=_numbers(summary["pinned"]),
     )
-    table = _table("version", "aliases", "created", "type", "virtual tokens", "bytes", "tags", "parent", "scores")
+    headings = (
+        "version",
+        "aliases",
+        "created",
+        "type",
+        "virtual tokens",
+        "rank",
+        "bytes",
+        "tags",
+        "parent",
+        "scores",
+    )
+    table = _table(*headings)
     for version in page["data"]:
         named = [alias for alias, number in sorted(summary["aliases"].items()) if number == version["version"]]
         _row(
@@ -85,20 +102,58 @@ def prompt(summary: Mapping[str, Any], page: Mapping[str, Any], changes: Mapping
             " ".join(named),
             _time(version["created_at"]),
             version["peft_type"],
-            version["num_virtual_tokens"],
+            _positions(version),
+            _shown(version["rank"]),
             version["size"],
             " ".join(version["tags"]),
             version["lineage"].get("parent", ""),
             _pairs(version["lineage"].get("scores", {})),
         )
     yield from ("", table)
-    history = _table("when", "what", "alias", "version", "before", "by")
-    for change in changes["data"]:
-        keys = ("action", "alias", "version", "previous_version", "actor")
-        _row(history, _time(change["created_at"]), *("" if change[key] is None else change[key] for key in keys))
-    yield from ("", history)
-    if page["has_more"] or changes["has_more"]:
+    yield from ("", changes(history["data"], with_name=False))
+    if page["has_more"] or history["has_more"]:
         yield "There are more: give a higher --limit."
+
+
+def _aliases(prompt: Mapping[str, Any]) -> str:
+    """The aliases of a soft prompt, with the shares of their canaries and shadows."""
+    shown = []
+    for alias, version in sorted(prompt["aliases"].items()):
+        rollout = prompt.get("rollouts", {}).get(alias) or {}
+        parts = [f"{percent:g}% {canary}" for canary, percent in (rollout.get("canaries") or {}).items()]
+        shadow = rollout.get("shadow")
+        parts += [f"shadow {shadow['version']}"] if shadow else []
+        shown.append(f"{alias}={version}" + (f" ({', '.join(parts)})" if parts else ""))
+    return " ".join(shown)
+
+
+def changes(data: Iterable[Mapping[str, Any]], *, with_name: bool = True) -> Table:
+    """Changes, one per line."""
+    headings = ("when", *(["name"] if with_name else []), "what", "alias", "version", "before", "by", "why")
+    table = _table(*headings)
+    for change in data:
+        what = change["action"] + (" (imported)" if change["imported"] else "")
+        if change["action"] == "edit":
+            what += f": {', '.join(sorted(change['details']))}"
+        _row(
+            table,
+            _time(change["created_at"]),
+            *([change["prompt_id"] or ""] if with_name else []),
+            what,
+            *("" if change[key] is None else change[key] for key in ("alias", "version", "previous_version")),
+            f"{change['actor_name']} ({change['actor']})" if change["actor_name"] else change["actor"] or "",
+            change["reason"] or "",
+        )
+    return table
+
+
+def pushed(version: Mapping[str, Any], *, created: bool) -> str:
+    """The result of an upload."""
+    name = f"{version['id']}@{version['version']}"
+    if created:
+        return name
+    edited = ", ".join(version["changed"])
+    return f"{name} (this version has the same bytes; {f'changed: {edited}' if edited else 'unchanged'})"
 
 
 def version(record: Mapping[str, Any]) -> Iterator[Table | str]:
@@ -111,9 +166,15 @@ def version(record: Mapping[str, Any]) -> Iterator[Table | str]:
         task=record["task_type"],
         tasks=record["num_tasks"],
         labels=record["num_labels"],
-        virtual_tokens=record["num_virtual_tokens"],
+        virtual_tokens=_positions(record),
+        rank=record["rank"],
+        modules=record["num_modules"],
+        parameters=record["num_parameters"],
+        targets=" ".join(record["targets"]),
+        over=record["over"],
         dtype=record["dtype"],
         base=record["base_model_name_or_path"],
+        format=_format(record.get("format")),
         overrides=_pairs({key: json.dumps(value).strip('"') for key, value in record["overrides"].items()}),
         tags=" ".join(record["tags"]),
         metadata=json.dumps(record["metadata"]) if record["metadata"] else None,
@@ -123,6 +184,7 @@ def version(record: Mapping[str, Any]) -> Iterator[Table | str]:
         scores=_pairs(lineage.get("scores", {})),
         created=_time(record["created_at"]),
         by=record["created_by"],
+        owner=record["owner"],
         pinned="yes" if record["pinned"] else "no",
     )
     table = _table("file", "bytes", "sha256")
@@ -132,14 +194,19 @@ def version(record: Mapping[str, Any]) -> Iterator[Table | str]:
 
 
 def inspection(found: Mapping[str, Any]) -> Iterator[Table | str]:
-    """Norms, and nearest tokens."""
+    """Norms and nearest tokens, or changed modules."""
     yield _fields(
         name=f"{found['id']}@{found['version']}",
         type=found["peft_type"],
         task_id=found["task_id"],
-        virtual_tokens=found["num_virtual_tokens"],
+        virtual_tokens=_positions(found),
     )
-    if found["tokens"] is not None:
+    if found["modules"] is not None:
+        table = _table("module", "rank", "scale", "Frobenius norm", "spectral norm", "share of the weight's norm")
+        for module in found["modules"]:
+            numbers = (module[key] for key in ("scale", "frobenius_norm", "spectral_norm", "share"))
+            _row(table, module["name"], module["rank"], *(f"{number:.4g}" for number in numbers))
+    elif found["tokens"] is not None:
         vocabulary = found["vocabulary"]
         mean, std = vocabulary["norm_mean"], vocabulary["norm_std"]
         yield f"norm of the vocabulary's embeddings: {mean:.4g} ± {std:.4g}"
@@ -162,6 +229,7 @@ def training(result: Mapping[str, Any]) -> Iterator[Table | str]:
     """The result of a training."""
     published = result.get("published")
     check = published and published["golden_check"]
+    values = "logits" if result.get("task_type") == "seq-cls" else "tokens"
     yield _fields(
         name=f"{published['id']}@{published['version']}" if published else result["name"],
         alias=published and published["alias"],
@@ -170,7 +238,7 @@ def training(result: Mapping[str, Any]) -> Iterator[Table | str]:
         seconds=result["seconds"],
         files=result["adapter"],
         golden_check=check
-        and f"{check['largest_difference']:.2g} nats from PEFT at most, over {check['tokens']} tokens",
+        and f"{check['largest_difference']:.2g} nats from PEFT at most, over {check['tokens']} {values}",
     )
     if any(result["scores"].values()):
         table = _table("held out", "accuracy", "loss")
@@ -183,6 +251,8 @@ def deleted(target: str, reply: Mapping[str, Any]) -> Iterator[str]:
     """A deletion, and until when it can be undone."""
     also = f" and {_pairs(reply['aliases'])}" if reply["aliases"] else ""
     yield f"deleted {target}{also}"
+    if reply.get("ended_rollouts"):
+        yield f"ended the rollout of {' '.join(reply['ended_rollouts'])}"
     if reply["restorable_until"] is not None:
         yield f"prelude restore {target} brings it back until {_time(reply['restorable_until'])}"
 
@@ -218,8 +288,25 @@ def _fields(**fields: object) -> Table:
     return grid
 
 
+def _format(value: Mapping[str, Any] | None) -> str | None:
+    """A prompt format in one line."""
+    if value is None:
+        return None
+    others = {key: json.dumps(item) for key, item in value.items() if key != "type"}
+    return f"{value['type']} {_pairs(others)}".rstrip()
+
+
 def _pairs(values: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in sorted(values.items()))
+
+
+def _positions(version: Mapping[str, Any]) -> object:
+    """The number of virtual tokens; an adapter has none."""
+    return "" if version["kind"] == PromptKind.ADAPTER else version["num_virtual_tokens"]
+
+
+def _shown(value: object) -> object:
+    return "" if value is None else value
 
 
 def _numbers(numbers: Iterable[int]) -> str:

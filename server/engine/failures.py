@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from server.engine.scheduling.sequence import Sequence
-from server.engine.types import ErrorCode, ModelInfo, RequestFailure, TokenEvent
+from server.engine.types import Capability, ErrorCode, ModelInfo, RequestFailure, TokenEvent
 
 
 def refusal_of(seq: Sequence, model: ModelInfo, *, scores_prompts: bool) -> str | None:
@@ -14,7 +14,9 @@ def refusal_of(seq: Sequence, model: ModelInfo, *, scores_prompts: bool) -> str 
         model: The resident model.
         scores_prompts: Whether the engine can compute the logits at all positions of a text.
     """
-    params, soft_prompt = seq.request.params, seq.request.soft_prompt
+    params = seq.request.params
+    if Capability.ADAPTERS not in model.capabilities and any(own.request.adapter for own in seq.members):
+        return model.refusal(Capability.ADAPTERS)
     wrong = seq.unknown_token_id(model.vocab_size)
     if wrong is not None:
         return f"token id {wrong} is not in the vocabulary of {model.vocab_size} tokens"
@@ -26,8 +28,9 @@ def refusal_of(seq: Sequence, model: ModelInfo, *, scores_prompts: bool) -> str 
         return f"{model.architecture} gives no logprobs of the text"
     if params.classify and not scores_prompts:
         return f"{model.architecture} gives no hidden states to classify by"
-    if params.classify and (soft_prompt is None or soft_prompt.num_labels is None):
-        return "only a soft prompt with a classification head classifies"
+    sources = (seq.request.soft_prompt, seq.request.adapter)
+    if params.classify and all(source is None or source.num_labels is None for source in sources):
+        return "only a soft prompt or an adapter with a classification head classifies"
     return None
 
 

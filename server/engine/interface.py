@@ -6,12 +6,15 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 from uuid import uuid4
 
+from server.engine.messages import AdapterInspection, BatchPicture
+from server.engine.stats import EngineStats
 from server.engine.types import (
     MAX_PRIORITY,
-    EngineStats,
+    AdapterSource,
     FinishReason,
     GenerateRequest,
     Inspection,
+    Member,
     ModelInfo,
     SamplingParams,
     SoftPromptSource,
@@ -46,8 +49,27 @@ class Engine(Protocol):
         ...
 
     @property
+    def since(self) -> float:
+        """Unix time in seconds at which the engine became ready, or its outage began; 0 before it was first ready."""
+        ...
+
+    @property
     def stats(self) -> EngineStats:
         """The engine's state after its newest step. Counters keep counting across restarts."""
+        ...
+
+    @property
+    def exposition(self) -> str:
+        """Metrics that the engine has beside ``stats``, in Prometheus' text format; empty if there are none."""
+        ...
+
+    async def look(self) -> BatchPicture:
+        """The running batch, at most a fifth of a second and one step ago. Costs nothing while it is not called.
+
+        Raises:
+            EngineNotReadyError: If the engine is loading, restarting or draining, or does not answer.
+            UnsupportedByEngineError: If the engine does not know its batch.
+        """
         ...
 
     def subscribe(self, on_restarted: Callable[[], None]) -> None:
@@ -72,24 +94,25 @@ class Engine(Protocol):
         """
         ...
 
-    async def prepare(self, soft_prompt: SoftPromptSource) -> None:
-        """Load a soft prompt onto the device before its first request.
+    async def prepare(self, soft_prompt: SoftPromptSource | None, adapter: AdapterSource | None = None) -> None:
+        """Load a soft prompt, an adapter, or a pair of them onto the device before the first request.
 
         Raises:
             EngineNotReadyError: If the engine is loading, restarting or draining.
             EngineDeadError: If the engine process ends meanwhile.
-            RequestFailedError: If the soft prompt cannot be loaded.
+            UnsupportedByEngineError: If the engine lacks a capability that they need.
+            RequestFailedError: If they cannot be loaded.
         """
         ...
 
-    def pin(self, soft_prompt: SoftPromptSource) -> None:
-        """Keep a soft prompt's rows in the engine's host memory; its file must stay until ``unpin``.
+    def pin(self, source: SoftPromptSource | AdapterSource) -> None:
+        """Keep a soft prompt's rows, or an adapter, in the engine's host memory; its files must stay until ``unpin``.
 
-        There is no reply: only ``prepare`` reports whether the soft prompt can be loaded.
+        There is no reply: only ``prepare`` reports whether it can be loaded.
         """
         ...
 
-    def unpin(self, soft_prompt: SoftPromptSource) -> None:
+    def unpin(self, source: SoftPromptSource | AdapterSource) -> None:
         """End a pin, if there is one."""
         ...
 
@@ -106,6 +129,21 @@ class Engine(Protocol):
             UnsupportedByEngineError: If the engine does not inspect.
             OverloadedError: If too many inspections are waiting.
             RequestFailedError: If the soft prompt cannot be read.
+        """
+        ...
+
+    async def inspect_adapter(self, adapter: AdapterSource) -> AdapterInspection:
+        """Measure what an adapter changes in each module of the model.
+
+        Args:
+            adapter: The adapter; its files must stay until this returns.
+
+        Raises:
+            EngineNotReadyError: If the engine is loading, restarting or draining.
+            EngineDeadError: If the engine process ends meanwhile.
+            UnsupportedByEngineError: If the engine does not inspect, or serves no adapters.
+            OverloadedError: If too many inspections are waiting.
+            RequestFailedError: If the adapter cannot be read.
         """
         ...
 
@@ -126,22 +164,22 @@ class Engine(Protocol):
         ...
 
 
-async def probe_soft_prompt(
+async def probe_member(
     engine: Engine,
-    soft_prompt: SoftPromptSource,
+    member: Member,
     token_ids: list[int],
     *,
     max_tokens: int,
     salt: str = "",
     max_wait: float | None = None,
 ) -> None:
-    """Check that the model can compute with a soft prompt: continue a short text, behind all other requests.
+    """Check that the model can compute with a soft prompt, an adapter or both: continue a text, behind all requests.
 
     Args:
         engine: Where.
-        soft_prompt: The soft prompt; its file has to stay until this returns.
+        member: What to try; its files have to stay until this returns.
         token_ids: At least one text token.
-        max_tokens: Maximum number of new tokens; none are computed if the soft prompt has a classification head.
+        max_tokens: Maximum number of new tokens; none are computed if there is a classification head.
         salt: The tenant, as in ``GenerateRequest``.
         max_wait: Seconds in which the request has to start; None is no limit.
 
@@ -149,14 +187,15 @@ async def probe_soft_prompt(
         NotFiniteError: If a hidden state, a key or value, or a logit is NaN or infinite.
         EngineError: As ``Engine.generate`` does; EngineNotReadyError also if the server shuts down meanwhile.
     """
-    has_head = soft_prompt.num_labels is not None
+    has_head = any(source.num_labels is not None for source in (member.soft_prompt, member.adapter) if source)
     request = GenerateRequest(
         request_id=f"{PROBE_PREFIX}{uuid4().hex}",
         prompt_token_ids=token_ids,
         params=SamplingParams(
             max_tokens=0 if has_head else max_tokens, temperature=0.0, ignore_eos=True, classify=has_head
         ),
-        soft_prompt=soft_prompt,
+        soft_prompt=member.soft_prompt,
+        adapter=member.adapter,
         salt=salt,
         priority=MAX_PRIORITY,
         timeout=max_wait,

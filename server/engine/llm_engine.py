@@ -5,42 +5,45 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping
-from math import isfinite, isnan
+from itertools import chain
 
 from server.config import EngineSettings
+from server.engine.adapters.host_cache import HostCache
+from server.engine.adapters.loader import AdapterLoader
 from server.engine.device_faults import raise_if_device_failed
 from server.engine.failures import fail, failure_event, named, reason, refusal_of
-from server.engine.messages import Inspect, Inspected, Pin, Unpin
+from server.engine.messages import (
+    BatchPicture,
+    Inspect,
+    InspectAdapter,
+    Inspected,
+    Pin,
+    PinAdapter,
+    Stage,
+    Unpin,
+    UnpinAdapter,
+)
 from server.engine.model.block_loads import BlockLoads
 from server.engine.model.inspection import Inspector
 from server.engine.model.model_runner import ModelRunner
 from server.engine.model.platform import Platform
 from server.engine.model.soft_prompts import SoftPromptLoader
-from server.engine.sampling.grammar_check import NO_WAY_ON
 from server.engine.sampling.grammars import GrammarCompiler, TooManyGrammarsError, load_tokenizer
-from server.engine.sampling.sampler import NO_TOKEN, NOT_FINITE
+from server.engine.sampling.next_token import NOT_FINITE_TEXT, take_token
+from server.engine.scheduling.batch_picture import take_picture
 from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.pending import PendingSequences
 from server.engine.scheduling.plan import StepPlan
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.scheduling.sequence import Sequence
 from server.engine.scheduling.step_parts import retry_in_parts
-from server.engine.step_stats import record_step
-from server.engine.types import (
-    EngineStats,
-    ErrorCode,
-    FinishReason,
-    GenerateRequest,
-    Logprobs,
-    ModelInfo,
-    StepOutput,
-    TokenEvent,
-)
+from server.engine.stats import EngineStats
+from server.engine.step_stats import record_state, record_step
+from server.engine.types import ErrorCode, FinishReason, GenerateRequest, Logprobs, ModelInfo, StepOutput, TokenEvent
 from server.errors import EngineStartError
 
 logger = logging.getLogger(__name__)
 
-NOT_FINITE_TEXT = "the model computed a value that is not finite for this text"
 NOT_FINITE_SOFT_PROMPT = "the model computed a value that is not finite for the soft prompt before this text"
 
 
@@ -54,6 +57,7 @@ class LLMEngine:
         on_loaded: Called when a soft prompt has been read or copied, a grammar compiled, or the device has failed,
             mostly from another thread, to wake a sleeping loop.
         platform: The device; None chooses it from the settings.
+        on_stage: Called at the beginning of each stage of the start.
 
     Attributes:
         overlaps_host: Whether the device computes a step while the host does other work.
@@ -67,10 +71,11 @@ class LLMEngine:
         settings: EngineSettings,
         on_loaded: Callable[[], None] = lambda: None,
         platform: Platform | None = None,
+        on_stage: Callable[[Stage], None] = lambda _: None,
     ) -> None:
         self._settings = settings
         try:
-            self.runner = ModelRunner(settings, platform)
+            self.runner = ModelRunner(settings, platform, on_stage)
         except EngineStartError:
             raise
         except Exception as error:  # an untested model may raise anything; report the reason without a traceback
@@ -81,6 +86,8 @@ class LLMEngine:
         self.overlaps_host = self.runner.platform.overlaps_host
         self._loads = BlockLoads(self.runner.cache, self.runner.platform.copy_stream(), on_loaded)
         self._waits_for_load = False
+        self._host_adapters: HostCache | None = None
+        self.adapters = self.runner.adapters = self._make_adapter_loader(on_loaded)
         try:
             self.scheduler = self._make_scheduler()
         except ValueError as error:
@@ -116,8 +123,8 @@ class LLMEngine:
 
     @property
     def is_loading(self) -> bool:
-        """Whether a soft prompt is copied beside the steps: if nothing hangs, there will be a step."""
-        return len(self._loads) > 0
+        """Whether something is loaded beside the steps: if nothing hangs, there will be a step."""
+        return len(self._loads) > 0 or self.scheduler.adapters.is_reading
 
     @property
     def idle_seconds(self) -> float | None:
@@ -159,9 +166,8 @@ class LLMEngine:
                 needs.append(request.params.constraint)
         if needs:
             self._pending.add(seq, needs)
-        else:
-            self._schedule(seq)
-        return []
+            return []
+        return self._schedule(seq)
 
     def abort(self, request_id: str) -> list[TokenEvent]:
         """End a sequence; returns its last event, or nothing if it had ended already."""
@@ -179,15 +185,19 @@ class LLMEngine:
             )
         ]
 
-    def pin(self, message: Pin | Unpin) -> None:
-        """Pin a soft prompt's rows in host memory, or unpin them."""
+    def pin(self, message: Pin | Unpin | PinAdapter | UnpinAdapter) -> None:
+        """Pin a soft prompt's rows or an adapter in host memory, or unpin them."""
         if isinstance(message, Pin):
             self.soft_prompts.pin(message.soft_prompt)
-        else:
+        elif isinstance(message, Unpin):
             self.soft_prompts.unpin(message.soft_prompt)
+        elif self.adapters is not None and isinstance(message, PinAdapter):
+            self.adapters.pin(message.adapter)
+        elif self.adapters is not None:
+            self.adapters.unpin(message.adapter)
 
-    def inspect(self, message: Inspect, on_inspected: Callable[[Inspected], None]) -> None:
-        """Compare a soft prompt with the model in another thread, which calls ``on_inspected`` once.
+    def inspect(self, message: Inspect | InspectAdapter, on_inspected: Callable[[Inspected], None]) -> None:
+        """Compare a soft prompt or an adapter with the model in another thread, which calls ``on_inspected`` once.
 
         If the device fails, the next step raises instead.
         """
@@ -209,7 +219,7 @@ class LLMEngine:
                     self._release_soft_prompts(seq, unreadable)
                     self._abandon_grammar(seq)
                     events.append(fail(seq, ErrorCode.FAILED, error))
-            self._admit_pending(identity)
+            events += self._admit_pending(identity)
         for constraint, failure in self._grammars.take_compiled():
             for seq in self._pending.waiting_for(constraint):
                 if failure is None:
@@ -218,8 +228,8 @@ class LLMEngine:
                     self._pending.remove(seq.request_id)
                     self._release_soft_prompts(seq)
                     events.append(fail(seq, failure.code, failure.message))
-            self._admit_pending(constraint)
-        return events + self._end_loads()
+            events += self._admit_pending(constraint)
+        return events + self._end_reads() + self._end_loads()
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[TokenEvent]:
         """Compute one token for every sequence that is ready; returns the new events.
@@ -254,29 +264,31 @@ class LLMEngine:
     @property
     def stats(self) -> EngineStats:
         """The current state."""
-        stats, blocks = self._stats, self.scheduler.block_manager
-        stats.num_running = self.scheduler.num_running
-        stats.num_waiting = len(self.scheduler.waiting) + len(self._pending)
-        stats.num_cached_blocks = blocks.num_cached
-        stats.num_used_blocks = blocks.num_blocks - blocks.num_available
-        stats.num_preemptions = self.scheduler.num_preemptions
-        stats.prefix_cache_queries = blocks.stats.queries
-        stats.prefix_cache_hits = blocks.stats.hits
-        filled = [run for run in blocks.runs.values() if run.is_filled]
-        stats.soft_prompts_resident = len(filled)
-        stats.soft_prompt_bytes = sum(len(run.blocks) for run in filled) * self.runner.cache_spec.block_bytes
-        stats.soft_prompt_loads = blocks.stats.run_loads
-        stats.soft_prompt_evictions = blocks.stats.run_evictions
-        stats.soft_prompt_hits = blocks.stats.run_hits
-        stats.soft_prompt_misses = blocks.stats.run_loads
+        stats = self._stats
+        record_state(stats, self.scheduler, block_bytes=self.runner.cache_spec.block_bytes)
+        stats.num_waiting += len(self._pending)
         stats.host = self.soft_prompts.stats
+        if self._host_adapters is not None:
+            stats.adapters = self._host_adapters.stats
+        if self.adapters is not None and self.runner.platform.has_own_memory:
+            stats.device_adapters = self.adapters.stats
+        elif self.adapters is not None:
+            stats.adapters = self.adapters.stats
         return stats
+
+    def picture(self) -> BatchPicture:
+        """The sequences, soft prompts and blocks between two steps."""
+        adapters = self._host_adapters or self.adapters
+        host = chain(self.soft_prompts.digests, () if adapters is None else adapters.digests)
+        return take_picture(self.scheduler, self._pending, step=self._stats.steps, now=time.monotonic(), host=host)
 
     def close(self) -> None:
         """End the other threads and release the model."""
         self._grammars.close()
         self._inspector.close()
         self.soft_prompts.close()
+        if self.adapters is not None:
+            self.adapters.close()
         self._loads.close()
         self.runner.close()
 
@@ -291,7 +303,25 @@ class LLMEngine:
             max_num_seqs=self._settings.max_num_seqs,
             max_num_batched_tokens=self._settings.max_num_batched_tokens,
             max_model_len=self.model.max_model_len,
+            batch_step_tokens=min(self.runner.platform.batch_step_tokens, self._settings.max_num_batched_tokens),
             step_fill_tokens=self._loads.step_fill_tokens,
+            adapter_memory=None if self.adapters is None else self.adapters.memory,
+        )
+
+    def _make_adapter_loader(self, on_loaded: Callable[[], None]) -> AdapterLoader | None:
+        reader = self.runner.adapter_reader
+        if reader is None:
+            return None
+        read, budget_bytes = reader.read, self._settings.adapter_host_bytes
+        if self.runner.platform.has_own_memory:
+            self._host_adapters = HostCache(reader.pack, reader.place, budget_bytes=budget_bytes)
+            read, budget_bytes = self._host_adapters.read, self._settings.adapter_device_bytes
+        return AdapterLoader(
+            read,
+            bytes_per_parameter=self.runner.dtype.itemsize,
+            budget_bytes=budget_bytes,
+            held_bytes=self.runner.held_adapter_bytes,
+            on_loaded=on_loaded,
         )
 
     def _refusal_of(self, seq: Sequence) -> str | None:
@@ -315,6 +345,18 @@ class LLMEngine:
         if self.overlaps_host:
             self.scheduler.plan_ahead()
         return output()
+
+    def _end_reads(self) -> list[TokenEvent]:
+        """End the waiting sequences whose adapter could not be read, or never fits; returns their last events."""
+        events: list[TokenEvent] = []
+        for identity, failure in [] if self.adapters is None else self.adapters.take_loaded():
+            for seq in self.scheduler.adapters.users(identity):
+                refusal = self.scheduler.adapters.refusal_of(seq)
+                if failure is not None:
+                    events.append(self._finish_failed(seq, failure.code, failure.message))
+                elif refusal is not None:
+                    events.append(self._finish_failed(seq, ErrorCode.REFUSED, refusal))
+        return events
 
     def _end_loads(self) -> list[TokenEvent]:
         """Let the sequences of ended loads start; returns the last events of those whose load failed."""
@@ -396,56 +438,17 @@ class LLMEngine:
         self, seq: Sequence, token: int, logprobs: Logprobs | None, class_logits: list[float] | None
     ) -> TokenEvent:
         """Append the next token to a sequence, and end the sequence if the token is its last."""
-        params = seq.request.params
-        # A text without new tokens has no token that says so.
-        scores = [entry.logprob for entry in seq.prompt_logprobs if entry] if params.max_tokens == 0 else []
-        if token == NOT_FINITE or not all(map(isfinite, class_logits or ())) or any(map(isnan, scores)):
-            return self._finish_failed(seq, ErrorCode.NOT_FINITE, NOT_FINITE_TEXT)
-        event = TokenEvent(request_id=seq.request_id, num_cached_tokens=seq.num_cached_tokens)
-        if seq.num_new_tokens == 0:
-            if seq.first_run is not None:
-                event.queue_seconds = seq.first_run - seq.arrival
-                event.prefill_seconds = time.monotonic() - seq.first_run
-            if params.prompt_logprobs is not None:
-                event.prompt_logprobs = seq.prompt_logprobs
-            event.class_logits = class_logits
-        if params.max_tokens > 0 and token != NO_TOKEN:
-            seq.token_ids.append(token)
-            self._stats.generation_tokens += 1
-            event.token_ids.append(token)
-            event.logprobs = None if logprobs is None else [logprobs]
-            if seq.matcher is not None:
-                seq.matcher.advance(token)
-            if self._ends(seq, token):
-                seq.stop_token_id = event.stop_token_id = token
-        error = self._constraint_error(seq, token)
-        is_complete = seq.matcher is not None and error is None and (token == NO_TOKEN or seq.matcher.is_finished)
-        if seq.stop_token_id is not None or is_complete:
-            event.finish_reason = FinishReason.STOP
-        elif error is not None:
-            return self._finish_failed(seq, ErrorCode.CONSTRAINT, error)
-        elif seq.num_new_tokens == params.max_tokens:
-            event.finish_reason = FinishReason.LENGTH
+        event = take_token(seq, token, logprobs, class_logits, eos_token_ids=self.model.eos_token_ids)
+        event.step = self._stats.steps + 1
+        self._stats.generation_tokens += len(event.token_ids)
+        if event.failure is not None:
+            constraint = seq.request.params.constraint
+            if constraint is not None and seq.matcher is not None and seq.matcher.error is not None:
+                self._grammars.forget(constraint)
+            return self._finish_failed(seq, event.failure.code, event.failure.message)
         if event.finish_reason is not None:
             self._finish(seq, event.finish_reason)
         return event
-
-    def _ends(self, seq: Sequence, token: int) -> bool:
-        if token in seq.request.params.stop_token_ids:
-            return True
-        # A grammar allows an end-of-sequence token only at its end.
-        return token in self.model.eos_token_ids and (not seq.request.params.ignore_eos or seq.matcher is not None)
-
-    def _constraint_error(self, seq: Sequence, token: int) -> str | None:
-        """Why a sequence cannot follow its constraint after this token; None if it can."""
-        if seq.matcher is None or seq.request.params.constraint is None:
-            return None
-        error = seq.matcher.error
-        if error is not None:
-            self._grammars.forget(seq.request.params.constraint)
-        elif token == NO_TOKEN and not seq.matcher.is_complete:
-            error = NO_WAY_ON
-        return error
 
     def _finish(self, seq: Sequence, reason: FinishReason | ErrorCode) -> None:
         self.scheduler.finish(seq, reason)
@@ -483,10 +486,15 @@ class LLMEngine:
             events.append(fail(seq, ErrorCode.WAIT_TIMEOUT, message))
         return events
 
-    def _admit_pending(self, need: Hashable) -> None:
-        for seq in self._pending.supply(need):
-            self._schedule(seq)
+    def _admit_pending(self, need: Hashable) -> list[TokenEvent]:
+        return [event for seq in self._pending.supply(need) for event in self._schedule(seq)]
 
-    def _schedule(self, seq: Sequence) -> None:
-        self.scheduler.add(seq)
+    def _schedule(self, seq: Sequence) -> list[TokenEvent]:
+        """Schedule a sequence; returns its last event if its adapters were found to be too large meanwhile."""
+        try:
+            self.scheduler.add(seq)
+        except ValueError as error:
+            self._release_soft_prompts(seq)
+            return [fail(seq, ErrorCode.REFUSED, str(error))]
         self._waits_for_load = False
+        return []

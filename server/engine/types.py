@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from functools import partial
 
 import msgspec
 
-from prompt_store.histogram import LOAD_SECONDS_BOUNDS, Histogram
+from prompt_store.types import ADAPTER_PARTS, ModuleShape
 from server.engine.constraints import Constraint
 from server.engine.generation_defaults import GenerationDefaults
-from server.engine.stats import (
-    BATCH_SIZE_BOUNDS,
-    BATCH_TOKENS_BOUNDS,
-    DISTINCT_PROMPTS_BOUNDS,
-    STEP_SECONDS_BOUNDS,
-)
 
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 """The most urgent and the least urgent priority."""
@@ -45,7 +38,9 @@ class ErrorCode(StrEnum):
 class Capability(StrEnum):
     """What an engine may be able to do with a model."""
 
+    ADAPTERS = "adapters"
     CLASSIFICATION_HEADS = "classification_heads"
+    BATCH_PICTURE = "batch_picture"
     INSPECTION = "inspection"
     KEY_VALUES = "key_values"
     MEAN_ENSEMBLES = "mean_ensembles"
@@ -58,13 +53,15 @@ class Capability(StrEnum):
 
 
 _DESCRIPTIONS = {
+    Capability.ADAPTERS: "LoRA adapters",
     Capability.CLASSIFICATION_HEADS: "classification by a soft prompt's head",
+    Capability.BATCH_PICTURE: "pictures of the running batch",
     Capability.INSPECTION: "inspection of soft prompts",
     Capability.KEY_VALUES: "soft prompts of keys and values",
     Capability.MEAN_ENSEMBLES: "ensembles by the mean",
     Capability.STRUCTURED_OUTPUT: "structured output",
 }
-ALL_CAPABILITIES = tuple(Capability)
+ALL_CAPABILITIES = tuple(one for one in Capability if one is not Capability.ADAPTERS)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,6 +168,41 @@ class SoftPromptSource(msgspec.Struct, frozen=True, kw_only=True):
         return self.digest if self.task_id is None else f"{self.digest}/{self.task_id}"
 
 
+class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
+    """A LoRA or IA3 adapter as the engine receives it: its identity, and the files of PEFT that hold it.
+
+    Attributes:
+        digest: Content digest, hex; never a name.
+        path: A local safetensors file with its tensors.
+        config_path: A local ``adapter_config.json``: scales and ranks follow from it.
+        num_parameters: Elements of all tensors that change products; its size in memory follows from them.
+        num_labels: Labels of the classification head in the same file; None without a head.
+    """
+
+    digest: str
+    path: str
+    config_path: str
+    num_parameters: int
+    num_labels: int | None = None
+
+    @property
+    def identity(self) -> str:
+        """The key of its weights."""
+        return self.digest
+
+
+class Member(msgspec.Struct, frozen=True, kw_only=True):
+    """One member of an ensemble: a soft prompt, an adapter, both, or the bare base.
+
+    Attributes:
+        soft_prompt: The soft prompt before the text, or None.
+        adapter: The adapter that changes the model's products for the text and the soft prompt, or None.
+    """
+
+    soft_prompt: SoftPromptSource | None = None
+    adapter: AdapterSource | None = None
+
+
 class GenerateRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """One text to continue. The API creates it, it crosses to the engine process, and its ``Sequence`` keeps it.
 
@@ -179,10 +211,11 @@ class GenerateRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         prompt_token_ids: The prompt; at least one token.
         params: How to sample.
         soft_prompt: The soft prompt before the text, or None.
-        others: The soft prompts of an ensemble's other members. Each token is drawn from the mean of the members'
-            distributions.
+        adapter: The adapter that changes the model's products for the text and the soft prompt, or None.
+        others: An ensemble's other members. Each token is drawn from the mean of the members' distributions.
         salt: The tenant. Tenants share no cached text, and they take turns.
         priority: -100 to 100; lower is more urgent.
+        is_batch: Whether it is of the service tier ``batch``, which takes only what other requests leave.
         timeout: Seconds until the request fails if it has not started to run; None is no limit.
     """
 
@@ -190,9 +223,11 @@ class GenerateRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     prompt_token_ids: list[int]
     params: SamplingParams
     soft_prompt: SoftPromptSource | None = None
-    others: tuple[SoftPromptSource | None, ...] = ()
+    adapter: AdapterSource | None = None
+    others: tuple[Member, ...] = ()
     salt: str = ""
     priority: int = 0
+    is_batch: bool = False
     timeout: float | None = None
 
 
@@ -219,6 +254,7 @@ class TokenEvent(msgspec.Struct, kw_only=True, array_like=True):
             first event only. The first may be None.
         class_logits: The logit of each label, if requested; in the first event only.
         failure: The error that ended the request. ``Engine.generate`` raises it instead of yielding the event.
+        step: Number of the engine's step that computed the tokens, from 1; None if the engine does not number them.
     """
 
     request_id: str
@@ -232,6 +268,7 @@ class TokenEvent(msgspec.Struct, kw_only=True, array_like=True):
     prompt_logprobs: list[Logprobs | None] | None = None
     class_logits: list[float] | None = None
     failure: RequestFailure | None = None
+    step: int | None = None
 
 
 class StepOutput(msgspec.Struct, frozen=True):
@@ -254,100 +291,6 @@ class StepOutput(msgspec.Struct, frozen=True):
     spoiled: dict[int, int] = {}
 
 
-def _empty(bounds: tuple[float, ...]) -> Histogram:
-    histogram: Histogram = msgspec.field(default_factory=partial(Histogram.empty, bounds))
-    return histogram
-
-
-class HostTierStats(msgspec.Struct, kw_only=True):
-    """Soft prompts in host memory. Counters count from the engine's start.
-
-    Attributes:
-        resident: Soft prompts in memory, in use or not; each task of a multitask prompt counts.
-        resident_bytes: Bytes of their rows.
-        hits: Uses that found the rows in memory or being read.
-        misses: Uses that started a read.
-        evictions: Soft prompts evicted to stay within the budget.
-        load_seconds: Durations of reading a soft prompt's file, over ``LOAD_SECONDS_BOUNDS``.
-    """
-
-    resident: int = 0
-    resident_bytes: int = 0
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    load_seconds: Histogram = _empty(LOAD_SECONDS_BOUNDS)
-
-    @property
-    def loads(self) -> int:
-        """Soft prompts read from their files."""
-        return self.load_seconds.count
-
-
-class EngineStats(msgspec.Struct, kw_only=True):
-    """The engine's state after a step. Counters count from the engine's start.
-
-    Attributes:
-        num_running: Sequences that hold blocks and take part in steps.
-        num_waiting: Sequences that wait for blocks, for a slot, for their soft prompt's file or for their grammar.
-        num_blocks: Number of key/value blocks.
-        block_size: Tokens per block.
-        num_used_blocks: Blocks that a sequence references.
-        num_cached_blocks: Blocks that hold only an idle, reusable prefix.
-        num_preemptions: Preemptions of running sequences.
-        num_timeouts: Sequences that ended because they had not run by their deadline.
-        prefix_cache_queries: Prompt tokens looked up in the prefix cache.
-        prefix_cache_hits: Prompt tokens found there.
-        prompt_tokens: Prompt tokens of admitted sequences.
-        generation_tokens: Generated tokens.
-        virtual_tokens: Virtual tokens of admitted sequences.
-        soft_prompts_resident: Soft prompts whose keys and values are on the device.
-        soft_prompt_bytes: Bytes of their blocks.
-        soft_prompt_loads: Soft prompts filled into blocks.
-        soft_prompt_evictions: Soft prompts evicted from blocks.
-        soft_prompt_hits: Sequences that found their soft prompt in blocks, or being filled into them.
-        soft_prompt_misses: Sequences that had to allocate blocks for their soft prompt.
-        host: Soft prompts in host memory.
-        steps: Forward passes.
-        step_seconds: Wall time per pass, over ``STEP_SECONDS_BOUNDS``.
-        batch_size: Sequences per pass, over ``BATCH_SIZE_BOUNDS``.
-        batch_tokens: Tokens computed per pass, over ``BATCH_TOKENS_BOUNDS``.
-        batch_distinct_prompts: Distinct soft prompts per pass, over ``DISTINCT_PROMPTS_BOUNDS``.
-        max_batch_distinct_prompts: Maximum number of distinct soft prompts in one pass.
-        restarts: Restarts of the engine process. Counted in the API process.
-        step_timeouts: Engine processes killed because a step hung. Counted in the API process.
-    """
-
-    num_running: int = 0
-    num_waiting: int = 0
-    num_blocks: int = 0
-    block_size: int = 0
-    num_used_blocks: int = 0
-    num_cached_blocks: int = 0
-    num_preemptions: int = 0
-    num_timeouts: int = 0
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    virtual_tokens: int = 0
-    soft_prompts_resident: int = 0
-    soft_prompt_bytes: int = 0
-    soft_prompt_loads: int = 0
-    soft_prompt_evictions: int = 0
-    soft_prompt_hits: int = 0
-    soft_prompt_misses: int = 0
-    host: HostTierStats = msgspec.field(default_factory=HostTierStats)
-    steps: int = 0
-    step_seconds: Histogram = _empty(STEP_SECONDS_BOUNDS)
-    batch_size: Histogram = _empty(BATCH_SIZE_BOUNDS)
-    batch_tokens: Histogram = _empty(BATCH_TOKENS_BOUNDS)
-    batch_distinct_prompts: Histogram = _empty(DISTINCT_PROMPTS_BOUNDS)
-    max_batch_distinct_prompts: int = 0
-    restarts: int = 0
-    step_timeouts: int = 0
-
-
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The resident model.
 
@@ -364,10 +307,20 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         block_size: Positions per block.
         num_blocks: Blocks of the key/value cache.
         eos_token_ids: Tokens that end a text.
+        block_bytes: Bytes of one block over all layers; 0 if the engine does not report them.
         hidden_size: Width of the last hidden states; None if it equals ``embedding_width``.
         generation_defaults: The checkpoint's defaults for fields that a request leaves out.
         engine: The engine's name.
         capabilities: What the engine can do with this model; requests for anything else are refused.
+        modules: Shapes of the base's products and embeddings by the module's name in transformers. Every tensor of an
+            adapter belongs to one. Empty if the engine serves no adapters.
+        adapters_off: Why the engine serves no adapters; None if it does.
+        base_digests: Hex sha256 of the embeddings and the head by name, in the serving dtype, row by row: adapters
+            may hold copies of them, which PEFT adds. Empty if the engine does not know them.
+        adapter_parts: What the engine applies of an adapted module (``AdaptedModule.tensors``); adapters with
+            any other part are refused.
+        max_adapter_parameters: Elements of the largest adapter that the engine's memory for adapters ever holds.
+        num_threads: CPU threads of the model; 0 if it is on another device, or the engine does not know it.
     """
 
     architecture: str
@@ -382,27 +335,38 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     num_blocks: int
     eos_token_ids: tuple[int, ...]
+    block_bytes: int = 0
     hidden_size: int | None = None
     generation_defaults: GenerationDefaults = GenerationDefaults()
     engine: str = "native"
     capabilities: tuple[Capability, ...] = ALL_CAPABILITIES
+    modules: dict[str, ModuleShape] = {}
+    adapters_off: str | None = None
+    base_digests: dict[str, str] = {}
+    adapter_parts: tuple[str, ...] = ADAPTER_PARTS
+    max_adapter_parameters: int = 0
+    num_threads: int = 0
 
     def missing(self, request: GenerateRequest) -> Capability | None:
         """A capability that a request needs and this engine lacks; None if there is none."""
-        params, members = request.params, (request.soft_prompt, *request.others)
+        params = request.params
+        members = (Member(soft_prompt=request.soft_prompt, adapter=request.adapter), *request.others)
+        soft_prompts = [member.soft_prompt for member in members]
         needs = {
+            Capability.ADAPTERS: any(member.adapter is not None for member in members),
             Capability.CLASSIFICATION_HEADS: params.classify,
             Capability.MEAN_ENSEMBLES: bool(request.others),
-            Capability.KEY_VALUES: any(source is not None and source.is_key_values for source in members),
+            Capability.KEY_VALUES: any(source is not None and source.is_key_values for source in soft_prompts),
             Capability.STRUCTURED_OUTPUT: params.constraint is not None,
         }
         return next((name for name, needed in needs.items() if needed and name not in self.capabilities), None)
 
     def refusal(self, capability: Capability) -> str:
         """Why a request that needs a missing capability is refused."""
+        why = f": {self.adapters_off}" if capability is Capability.ADAPTERS and self.adapters_off else ""
         return (
             f"engine {self.engine} does not support {capability.description} for {self.architecture} "
-            f"(capability {capability.value})"
+            f"(capability {capability.value}){why}"
         )
 
 

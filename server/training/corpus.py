@@ -61,6 +61,8 @@ def load_corpus(settings: TrainSettings) -> Corpus:
     _check_tasks(settings.data, examples, settings.method)
     labels = _labels(examples)
     warnings = []
+    if settings.has_head:
+        _check_classes(settings.data, examples, labels)
     if len(labels) == 1:
         warnings.append(f"every row has the label {labels[0]!r}: there is nothing to learn")
     num_tasks = 1 + max(example.task_id or 0 for example in examples)
@@ -124,6 +126,16 @@ def _split(examples: list[Example], settings: TrainSettings) -> tuple[list[Examp
         [example for place, example in enumerate(examples) if place not in chosen],
         [example for place, example in enumerate(examples) if place in chosen],
     )
+
+
+def _check_classes(path: Path, examples: Sequence[Example], labels: Sequence[str]) -> None:
+    if not labels:
+        form = FORM_NAMES[type(examples[0])]
+        raise DatasetError(
+            path, [(0, f"the rows have the format {form}; a classification head needs {{text, label}}")]
+        )
+    if len(labels) == 1:
+        raise DatasetError(path, [(0, f"every row has the label {labels[0]!r}; a classification head needs two")])
 
 
 def _check_tasks(path: Path, examples: Sequence[Example], method: Method) -> None:

@@ -26,12 +26,14 @@ class Encoded:
         prompt_ids: Tokens of the prompt; no loss is computed on them.
         completion_ids: Tokens to learn, with the end-of-sequence token if the model has one.
         task_id: The task of a multitask prompt.
+        class_id: Index of the label that a classification head has to give; None without a head.
         line: Line of the example in its file, from 1.
     """
 
     prompt_ids: list[int]
     completion_ids: list[int]
     task_id: int | None = None
+    class_id: int | None = None
     line: int = 0
 
     @property
@@ -48,11 +50,13 @@ class Encoder:
         tokenizer: The base model's tokenizer (transformers).
         eos_token_ids: Tokens that end a generation.
         separator: Text between a text and its label.
+        labels: The labels of a classification head, in its order; empty if completions are learnt.
     """
 
     tokenizer: Any
     eos_token_ids: tuple[int, ...]
     separator: str
+    labels: tuple[str, ...] = ()
 
     def prompt_of(self, example: Example) -> str:
         """The text that the server tokenises: the prompt, or the messages as formatted by the chat template.
@@ -79,8 +83,12 @@ class Encoder:
         prompt, completion = self.prompt_of(example), self.completion_of(example)
         is_chat = isinstance(example, Conversation)
         prompt_ids = self._ids(prompt, add_special_tokens=not is_chat)
+        if self.labels and isinstance(example, LabelledText):
+            class_id = self.labels.index(example.label)
+            return Encoded(prompt_ids, [], example.task_id, class_id, line=example.line)
         (completion_ids,) = continuations_of(self.tokenizer).encode(Context(prompt_ids, prompt), [completion])
-        return Encoded(prompt_ids, completion_ids + self._end(example, prompt), example.task_id, example.line)
+        completion_ids += self._end(example, prompt)
+        return Encoded(prompt_ids, completion_ids, example.task_id, line=example.line)
 
     def encode_all(
         self, path: Path, examples: Sequence[Example], *, max_tokens: int, num_virtual_tokens: int

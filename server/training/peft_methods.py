@@ -1,4 +1,4 @@
-"""PEFT's configuration of each training method; initialising, saving and restoring a soft prompt.
+"""PEFT's configuration of each training method; initialising, saving and restoring a soft prompt or an adapter.
 
 PEFT saves what is served, which is not what is trained: P-tuning and prefix tuning with a projection are saved
 without their network, and CPT with its change added to the embeddings. So a checkpoint contains the whole encoder,
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,15 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save
 
 from prompt_store.durable import write_file
 from server.training.encoding import Encoded
+from server.training.heads.classifier import HEAD_PREFIX, head_state, restore_head, without_trained_head
+from server.training.lora import ADAPTER, adapter_state, make_adapter, mean_change, restore_adapter
 from server.training.settings import Method, TrainSettings
 
-ADAPTER = "default"
 CONFIG_FILE = "adapter_config.json"
 MAX_ENCODER_WIDTH = 512
 """The code of Li & Liang 2021 uses 512, and 800 for one task; wider is slower."""
@@ -44,27 +47,33 @@ _INPUT_TEMPLATE, _INPUT, _OUTPUT_TEMPLATE, _LABEL = 1, 2, 3, 4
 """CPT's types of the tokens of a context; it does not change labels."""
 
 
-def make_soft_prompt(
+def make_peft_model(
     base: Any, tokenizer: Any, settings: TrainSettings, *, text: str, context: Sequence[Encoded], num_tasks: int
 ) -> PeftModel:
-    """Add an initialised soft prompt to a frozen model.
+    """Add an initialised soft prompt, or an untrained adapter, to a frozen model.
 
     Args:
-        base: The causal model (transformers).
+        base: The causal model (transformers), possibly with an adapter of ``add_over``.
         tokenizer: Its tokenizer.
         settings: The method and its settings.
         text: Text to initialise from, if the method uses one.
         context: Examples to initialise a CPT prompt from, unless ``settings.init_text`` is given.
         num_tasks: Number of tasks of a multitask prompt.
+
+    Raises:
+        SettingsError: If the settings of an adapter do not fit the model.
     """
-    count = settings.num_virtual_tokens
-    ids = repeated(tokenizer(text)["input_ids"] or [0], count)
-    config = _config(base, tokenizer, settings, text=text, ids=ids, context=context, num_tasks=num_tasks)
     if settings.gradient_checkpointing:
         # transformers 5.23 renamed the method, and warns about the old name.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    model = get_peft_model(base, config)
+    if not settings.method.is_soft_prompt:
+        return make_adapter(base, settings)
+    ids = repeated(tokenizer(text)["input_ids"] or [0], settings.num_virtual_tokens)
+    config = _config(base, tokenizer, settings, text=text, ids=ids, context=context, num_tasks=num_tasks)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT for a second time")
+        model = _with_all_embeddings(get_peft_model(base, config))
     if settings.method in (Method.PREFIX_TUNING, Method.CARTRIDGE):
         _init_from_cache(model, ids)
     elif settings.method is Method.MULTITASK:
@@ -78,15 +87,23 @@ def repeated(ids: Sequence[int], count: int) -> list[int]:
 
 
 def state_of(model: PeftModel) -> dict[str, torch.Tensor]:
-    """A copy of the encoder's state on the CPU, including its frozen parts."""
-    return {
+    """A copy on the CPU of the encoder's state with its frozen parts, or of an adapter's weights; and of the head."""
+    if is_adapter(model):
+        return adapter_state(model)
+    encoder = {
         key: value.detach().to("cpu", copy=True).contiguous() for key, value in _encoder(model).state_dict().items()
     }
+    return encoder | head_state(model)
 
 
 def restore(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
     """Load a state of ``state_of``."""
-    _encoder(model).load_state_dict(state)
+    if is_adapter(model):
+        restore_adapter(model, state)
+    else:
+        own = {key: value for key, value in state.items() if not key.startswith(HEAD_PREFIX)}
+        _encoder(model).load_state_dict(own)
+        restore_head(model, state)
 
 
 def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
@@ -110,7 +127,7 @@ def save_adapter(model: PeftModel, folder: Path, *, base_name: str, keeps_text: 
         keeps_text: Whether to keep the initial text in the configuration. A text from the training data must not be
             kept: readers of the soft prompt may have no access to the data.
     """
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template
     path = folder / CONFIG_FILE
     config = json.loads(path.read_text())
@@ -119,17 +136,54 @@ def save_adapter(model: PeftModel, folder: Path, *, base_name: str, keeps_text: 
         config["tokenizer_name_or_path"] = base_name
     if config.get("prompt_tuning_init_text") and not keeps_text:
         config |= {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
+    if isinstance(config.get("modules_to_save"), list):
+        config["modules_to_save"] = sorted(set(config["modules_to_save"]))  # PEFT repeats the head's names
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"].sort()  # a set in PEFT, whose order changes from run to run
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def load_adapter(base: Any, folder: Path) -> PeftModel:
+    """Load what ``save_adapter`` wrote, as a program would that uses PEFT alone."""
+    return _with_all_embeddings(PeftModel.from_pretrained(base, str(folder)))
+
+
+def remove_adapter(model: PeftModel) -> Any:
+    """The model as it was before ``make_peft_model`` or ``load_adapter``."""
+    return model.unload() if is_adapter(model) else without_trained_head(model.get_base_model())
+
+
+def is_adapter(model: PeftModel) -> bool:
+    """Whether the model has an adapter, rather than a soft prompt."""
+    return not model.peft_config[ADAPTER].is_prompt_learning
+
+
 def mean_norm(model: PeftModel) -> float:
-    """Mean Euclidean norm of the rows as they would be saved; for a multitask prompt, of the shared rows."""
+    """Mean Euclidean norm of the rows as they would be saved; for a multitask prompt, of the shared rows.
+
+    For an adapter: the mean size of its changes, as shares of the weights' norms.
+    """
+    if is_adapter(model):
+        return mean_change(model)
     with torch.no_grad():
         if model.peft_config[ADAPTER].peft_type == "MULTITASK_PROMPT_TUNING":
             rows = _encoder(model).embedding.weight
         else:
             rows = model.get_prompt_embedding_to_save(ADAPTER)
         return float(rows.float().norm(dim=-1).mean())
+
+
+def _with_all_embeddings(model: PeftModel) -> PeftModel:
+    """Let PEFT use adapted embeddings, if an adapter below the soft prompt changes them.
+
+    PEFT searches the parameters for a matrix with a row per token, and finds that of the unchanged embeddings.
+    """
+    base: Any = model.get_base_model()
+    embeddings: Any = base.get_input_embeddings()
+    has_adapter = isinstance(embeddings, BaseTunerLayer)
+    if has_adapter and not is_adapter(model):
+        model.word_embeddings = embeddings
+    return model
 
 
 def _encoder(model: PeftModel) -> Any:
@@ -146,7 +200,7 @@ def _config(
     context: Sequence[Encoded],
     num_tasks: int,
 ) -> PeftConfig:
-    common: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM}
+    common: dict[str, Any] = {"task_type": TaskType.SEQ_CLS if settings.has_head else TaskType.CAUSAL_LM}
     sized = common | {"num_virtual_tokens": settings.num_virtual_tokens}
     init_from_text = {"prompt_tuning_init_text": text, "tokenizer_name_or_path": tokenizer.name_or_path}
     width = settings.encoder_hidden_size or min(base.config.get_text_config().hidden_size, MAX_ENCODER_WIDTH)
@@ -171,6 +225,8 @@ def _config(
             return CartridgeConfig(num_frozen_tokens=settings.num_frozen_tokens, **sized)
         case Method.CPT:
             return _cpt_config(base, tokenizer, settings, ids=ids, context=context, common=common)
+        case Method.LORA:
+            raise ValueError("lora trains no soft prompt")
 
 
 def _cpt_config(
@@ -223,8 +279,10 @@ def _cpt_config(
 def _init_from_cache(model: PeftModel, ids: list[int]) -> None:
     """Initialise with the frozen model's keys and values of a text (Li & Liang 2021, section 7.4)."""
     tokens = torch.tensor([ids], device=model.device)
-    with torch.no_grad(), model.disable_adapter():
-        cache = model(input_ids=tokens, use_cache=True).past_key_values
+    # PEFT cannot disable the soft prompt of a classifier; the model below it has none.
+    base: Any = model.get_base_model()
+    with torch.no_grad():
+        cache = base(input_ids=tokens, use_cache=True).past_key_values
     initialize_kv_prefix_from_past_key_values(model, past_key_values=cache, num_virtual_tokens=len(ids))
 
 

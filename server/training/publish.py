@@ -1,6 +1,6 @@
-"""Publish a trained soft prompt after checking that the server computes what PEFT computes.
+"""Publish a trained soft prompt or adapter after checking that the server computes what PEFT computes.
 
-The golden check needs the soft prompt on the server, and the record of a version cannot be changed later. So the
+The golden check needs it on the server, and the record of a version cannot be changed later. So the
 files are uploaded twice: under a temporary name for the check, and then as the next version, with the result of the
 check in its metadata. Both uploads have the same digest, so the checked files are the served ones. If the check
 fails, no version is created and no alias moves.
@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from server.client.http import ClientError, PreludeClient
 from server.datasets import Conversation, Example
 from server.training.encoding import Encoded, Encoder
 from server.training.errors import GoldenCheckError, SettingsError, TrainingError
+from server.training.heads.classifier import text_class_logits
+from server.training.over import Over
 from server.training.run_directory import RunDirectory
 from server.training.scoring import text_logprobs
-from server.training.settings import TrainSettings
+from server.training.settings import TrainSettings, public_settings
 
 EXACT_TOLERANCE = 1e-3
 """Tolerance in nats if the server computes in float32, where differences near 1e-5 are usual."""
@@ -42,12 +45,14 @@ _MAX_RUN_CHARS = 128
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Difference between the server's log-probabilities and the local ones.
+    """Difference between the server's values and the local ones.
+
+    The values are log-probabilities of tokens, or logits of a head's labels, both in nats.
 
     Attributes:
-        largest: Largest difference of one token, in nats.
-        mean: Mean over all tokens, in nats.
-        num_tokens: Number of compared tokens.
+        largest: Largest difference of one value.
+        mean: Mean over all values.
+        num_tokens: Number of compared values.
     """
 
     largest: float
@@ -62,9 +67,13 @@ class Publisher:
         client: Client of the server.
         settings: The settings of the training.
         directory: The directory of the run.
+        over: The adapter that the soft prompt is trained over; the server then adds it to the soft prompt.
     """
 
-    def __init__(self, client: PreludeClient, settings: TrainSettings, directory: RunDirectory) -> None:
+    def __init__(
+        self, client: PreludeClient, settings: TrainSettings, directory: RunDirectory, *, over: Over | None = None
+    ) -> None:
+        self._over = None if over is None else over.ref
         self._client = client
         self._settings = settings
         self._directory = directory
@@ -134,11 +143,40 @@ class Publisher:
                 f"tokens differ by {self._noise.mean:.3g} nats on average"
             )
 
+    def check_over(self, model: Any, examples: Sequence[Encoded]) -> None:
+        """Check before training that the server computes the adapter as PEFT does.
+
+        Args:
+            model: The model with the adapter, without a soft prompt.
+            examples: Texts to compare.
+
+        Raises:
+            TrainingError: If the log-probabilities differ.
+        """
+        bare = [Encoded(example.prompt_ids, example.completion_ids) for example in examples]
+        found = self._difference(str(self._over), bare, [text_logprobs(model, example) for example in bare])
+        if not found.mean <= SAME_MODEL:
+            raise TrainingError(
+                f"the server {self._settings.url} does not compute {self._over} as PEFT does: without a soft prompt "
+                f"the log-probabilities of {found.num_tokens} tokens differ by {found.mean:.3g} nats on average"
+            )
+
+    def check_files(self, folder: Path) -> None:
+        """Check before training that the server accepts files of this form.
+
+        Raises:
+            ClientError: If it does not; with every fault.
+        """
+        try:
+            self._client.push(folder, name=self._staging, description="check of prelude train")
+        finally:
+            self._unstage()
+
     def tolerances(self, rounding: Difference) -> tuple[float, float | None]:
         """The allowed largest and mean difference, in nats.
 
         Args:
-            rounding: The measured rounding error: of the bare model on the server, or of the soft prompt here.
+            rounding: The measured rounding error: of the bare model on the server, or of the trained one here.
 
         Returns:
             The configured tolerance, or one derived from the rounding error. The second is None if the mean is not
@@ -165,10 +203,11 @@ class Publisher:
             GoldenCheckError: If the log-probabilities differ by more than the tolerance; nothing is published then.
             ClientError: If the server rejects the files.
         """
-        reference = [text_logprobs(model, example) for example in examples]
+        reference = [_values(model, example) for example in examples]
+        kind = "logits" if self._settings.has_head else "logprobs"
         golden = [
-            {"token_ids": example.token_ids, "task_id": example.task_id, "logprobs": logprobs}
-            for example, logprobs in zip(examples, reference, strict=True)
+            {"token_ids": example.token_ids, "task_id": example.task_id, kind: values}
+            for example, values in zip(examples, reference, strict=True)
         ]
         self._directory.write("golden.json", golden)
         rounding = self._noise
@@ -178,7 +217,8 @@ class Publisher:
         tolerance, mean_tolerance = self.tolerances(rounding)
         settings, adapter = self._settings, self._directory.adapter
         try:
-            staged, _ = self._client.push(adapter, name=self._staging, description="golden check of prelude train")
+            text = "golden check of prelude train"
+            staged, _ = self._client.push(adapter, name=self._staging, description=text, over=self._over)
             difference = self._difference(f"{self._staging}@{staged['version']}", examples, reference)
         finally:
             self._unstage()
@@ -197,7 +237,7 @@ class Publisher:
         self._directory.write("golden_check.json", check)
         if not check["is_passed"]:
             raise GoldenCheckError(
-                f"the golden check failed: the log-probability of a token differs from PEFT's by "
+                f"the golden check failed: the {_value_name(self._settings)} differs from PEFT's by "
                 f"{difference.largest:.3g} nats; the tolerance is {tolerance:.3g}"
                 f"{_mean_suffix(difference.mean, mean_tolerance)}. Nothing was published, and no alias was moved",
                 difference=difference.largest,
@@ -208,7 +248,7 @@ class Publisher:
             "golden_check": check,
             "training": {key: run[key] for key in ("digests", "rows", "learning_rate", "versions")}
             | {key: result[key] for key in ("steps", "best_step", "train_loss", "scores")}
-            | {"init_text": _truncate(result["init_text"]), "settings": _public_settings(run["settings"])},
+            | {"init_text": _truncate(result["init_text"]), "settings": public_settings(run["settings"])},
         }
         if run["labels"] and len(json.dumps(run["labels"])) <= _MAX_LABEL_BYTES:
             metadata["labels"] = run["labels"]
@@ -216,9 +256,11 @@ class Publisher:
             adapter,
             name=settings.name,
             alias=settings.alias,
+            over=self._over,
             description=settings.description,
             metadata=json.dumps(metadata),
             lineage=json.dumps(_lineage(run, result, settings)),
+            prompt_format=json.dumps(result["format"]) if "format" in result else None,
         )
         return {
             "id": version["id"],
@@ -230,12 +272,22 @@ class Publisher:
     def _difference(self, model: str, examples: Sequence[Encoded], ours: Sequence[Sequence[float]]) -> Difference:
         theirs: list[list[float]] = []
         for example in examples:
+            if example.class_id is not None:
+                theirs.append(self._class_logits(model, example))
+                continue
             body: dict[str, Any] = {"model": model, "prompt": example.token_ids, "max_tokens": 0}
             body |= {"echo": True, "logprobs": 1, "temperature": 0}
             if example.task_id is not None:
                 body["task_id"] = example.task_id
             theirs.append(self._client.complete(body)["choices"][0]["logprobs"]["token_logprobs"][1:])
         return _compare(ours, theirs)
+
+    def _class_logits(self, model: str, example: Encoded) -> list[float]:
+        body: dict[str, Any] = {"model": model, "input": example.token_ids}
+        if example.task_id is not None:
+            body["task_id"] = example.task_id
+        (found,) = self._client.classify(body)["data"]
+        return [float(value) for value in found["logits"].values()]
 
     def _unstage(self) -> None:
         try:
@@ -252,27 +304,32 @@ def _compare(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]])
         for our_text, their_text in zip(ours, theirs, strict=True)
         for our, their in zip(our_text, their_text, strict=True)
     ]
-    return Difference(max(differences), sum(differences) / len(differences), len(differences))
+    # Texts of one token without a completion have no log-probabilities.
+    count = len(differences)
+    return Difference(max(differences, default=0.0), sum(differences) / max(1, count), count)
 
 
 def _rounding(model: Any, examples: Sequence[Encoded], reference: Sequence[Sequence[float]]) -> Difference:
-    """Difference between this soft prompt in bfloat16 and in its own dtype.
+    """Difference between this soft prompt, or adapter, in bfloat16 and in its own dtype.
 
     Rows of a soft prompt are larger than those of a vocabulary, and so are their rounding errors. Leaves the model in
     bfloat16.
     """
     model.to(torch.bfloat16)
-    return _compare(reference, [text_logprobs(model, example) for example in examples])
+    return _compare(reference, [_values(model, example) for example in examples])
+
+
+def _values(model: Any, example: Encoded) -> list[float]:
+    """What the golden check compares: the logits of a head, or the log-probabilities of the tokens."""
+    return text_logprobs(model, example) if example.class_id is None else text_class_logits(model, example)
+
+
+def _value_name(settings: TrainSettings) -> str:
+    return "logit of a label" if settings.has_head else "log-probability of a token"
 
 
 def _mean_suffix(mean: float, tolerance: float | None) -> str:
     return "" if tolerance is None else f"; the mean difference is {mean:.3g}, its tolerance {tolerance:.3g}"
-
-
-def _public_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings to store in the catalog, without paths of this machine and without texts."""
-    hidden = {"data", "eval_data", "run_dir", "url", "resume", "push", "init_text", "description"}
-    return {key: value for key, value in settings.items() if key not in hidden and value is not None}
 
 
 def _truncate(text: str | None) -> str | None:

@@ -7,7 +7,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,25 +18,44 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from server import demo
+from prompt_store.formats import FORMAT_FILE
 from server.client.http import PreludeClient
+from server.demo import DEMO_MODEL, DEMO_NAME
 from server.errors import ConfigurationError
 from server.model_source import locate
 from server.training.corpus import Corpus, beginning_of_data, initial_text, load_corpus
-from server.training.curves import draw_curves
 from server.training.encoding import Encoded, Encoder
 from server.training.errors import SettingsError, TrainingError
-from server.training.peft_methods import make_soft_prompt, restore, save_adapter
+from server.training.heads.classifier import load_classifier
+from server.training.heads.scoring import score_classes
+from server.training.over import Over, add_over, find_over
+from server.training.peft_methods import (
+    load_adapter,
+    make_peft_model,
+    remove_adapter,
+    restore,
+    save_adapter,
+    state_of,
+)
 from server.training.publish import Publisher
-from server.training.result_warnings import result_warnings
+from server.training.rates.recovery import train_steadily
+from server.training.rates.search import FILE as SEARCH_FILE
+from server.training.rates.search import SHARE, find_rate
+from server.training.recorded_format import recorded_format
+from server.training.reporting.curves import draw_curves
+from server.training.reporting.result_warnings import result_warnings
 from server.training.run_directory import RunDirectory, library_versions
 from server.training.scoring import CompletionScores, score
 from server.training.settings import TrainSettings
-from server.training.trainer import OnProgress, SoftPromptTrainer, Warn
+from server.training.trainer import (
+    OnProgress,
+    SoftPromptTrainer,
+    num_steps,
+    seconds_per_step,
+    steps_between_evaluations,
+)
 
 DEMO = "demo"
-DEMO_DIRECTORY = Path(demo.__file__).parent / "model"
-DEMO_NAME = "prelude-demo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +69,7 @@ class Reporter:
     """
 
     say: Callable[[str], None]
-    warn: Warn
+    warn: Callable[[str], None]
     on_progress: OnProgress
 
 
@@ -92,23 +113,25 @@ def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = 
     corpus = load_corpus(settings)
     for warning in corpus.warnings:
         reporter.warn(warning)
-    path = str(DEMO_DIRECTORY) if settings.model == DEMO else _located(settings.model, settings.revision)
+    path = str(DEMO_MODEL) if settings.model == DEMO else _located(settings.model, settings.revision)
     config, tokenizer = _config_and_tokenizer(path, settings.revision)
     max_tokens = _max_tokens(config)
-    if settings.num_virtual_tokens >= max_tokens:
+    if settings.num_positions >= max_tokens:
         raise SettingsError(
             f"num_virtual_tokens is {settings.num_virtual_tokens}, but the context has only {max_tokens} tokens"
         )
-    encoder = Encoder(tokenizer, _eos_token_ids(path, config, settings.revision), settings.separator)
-    limits = {"max_tokens": max_tokens, "num_virtual_tokens": settings.num_virtual_tokens}
+    labels = corpus.labels if settings.has_head else ()
+    encoder = Encoder(tokenizer, _eos_token_ids(path, config, settings.revision), settings.separator, labels)
+    limits = {"max_tokens": max_tokens, "num_virtual_tokens": settings.num_positions}
     encoded = encoder.encode_all(settings.data, corpus.train, **limits)
     held_out = encoder.encode_all(corpus.held_out_path, corpus.held_out, **limits)
     directory = RunDirectory(settings.run_dir)
-    client = PreludeClient(settings.url, api_key=api_key) if settings.push else None
+    client = PreludeClient(settings.url, api_key=api_key) if settings.push or settings.over else None
     with client or nullcontext():
+        over = None if client is None or settings.over is None else find_over(client, settings.over)
         publisher = None
-        if client is not None:
-            publisher = Publisher(client, settings, directory)
+        if client is not None and settings.push:
+            publisher = Publisher(client, settings, directory, over=over)
             publisher.check_server(encoder, (corpus.held_out or corpus.train)[: settings.golden_prompts])
             if publisher.max_model_len < max_tokens:
                 limits["max_tokens"] = publisher.max_model_len
@@ -116,13 +139,15 @@ def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = 
                 encoder.encode_all(corpus.held_out_path, corpus.held_out, **limits)
         record = {
             "settings": settings.to_json(),
-            "digests": corpus.digests,
+            "digests": corpus.digests | ({} if over is None else {"over": over.digest}),
             "rows": {"train": len(encoded), "held_out": len(held_out)},
             "labels": list(corpus.labels),
             "learning_rate": settings.rate,
             "versions": library_versions(),
         }
         with _storage_errors(directory), directory.locked(record, resume=settings.resume):
+            if over is not None and client is not None:
+                client.pull(over.record, directory.over)
             return _Run(
                 settings=settings,
                 reporter=reporter,
@@ -132,6 +157,7 @@ def train(settings: TrainSettings, reporter: Reporter, *, api_key: str | None = 
                 path=path,
                 train=encoded,
                 held_out=held_out,
+                over=over,
                 publisher=publisher,
             ).result()
 
@@ -176,6 +202,7 @@ class _Run:
         path: Directory or hub id of the model.
         train: Encoded training rows.
         held_out: Encoded held-out rows.
+        over: The adapter that the soft prompt is trained over, already in the directory; None for the bare model.
         publisher: The server to publish to, already checked; None without ``--push``.
     """
 
@@ -187,6 +214,7 @@ class _Run:
     path: str
     train: list[Encoded]
     held_out: list[Encoded]
+    over: Over | None
     publisher: Publisher | None
 
     @property
@@ -195,28 +223,36 @@ class _Run:
 
     def result(self) -> dict[str, Any]:
         """Train unless the run is complete, then publish if a publisher is given."""
-        base = self._load_base()
+        base = self._load_base() if not self.settings.has_head or self.publisher is not None else None
         golden = (self.held_out or self.train)[: self.settings.golden_prompts]
         if self.publisher is not None:
             self.publisher.check_base(base, golden)
         result: dict[str, Any] | None = self.directory.read("result.json")
+        has_bare = result is None and not self.settings.has_head
+        before = {"bare": self._score(base, is_bare=True)} if has_bare else {}
+        if self.over is not None:
+            base = add_over(base, self.directory.over)
+            if self.publisher is not None:
+                self.publisher.check_over(base, golden)
+            before |= {} if result is not None else {"over": self._score(base, is_bare=True)}
+        if self.settings.has_head:
+            base = self._load_classifier()
         if result is None:
-            result = self._trained(base)
+            result = self._trained(base, before)
             self.directory.write("result.json", result)
         else:
             self.reporter.say(f"{self.directory.path} contains a completed training")
         if self.publisher is not None:
-            reloaded = PeftModel.from_pretrained(base, str(self.directory.adapter))
-            result["published"] = self.publisher.publish(reloaded, golden, result)
+            model = load_adapter(base, self.directory.adapter)
+            result["published"] = self.publisher.publish(model, golden, result)
             self.directory.write("result.json", result)
         return result
 
-    def _trained(self, base: Any) -> dict[str, Any]:
+    def _trained(self, base: Any, before: dict[str, CompletionScores | None]) -> dict[str, Any]:
         settings, started = self.settings, time.monotonic()
-        bare = self._score(base, is_bare=True)
         set_seed(settings.seed)
         init_text = initial_text(self.corpus, settings) if settings.method.starts_from_text else None
-        model = make_soft_prompt(
+        model = make_peft_model(
             base,
             self.tokenizer,
             settings,
@@ -224,38 +260,51 @@ class _Run:
             context=_context(self.train, self.corpus),
             num_tasks=self.corpus.num_tasks,
         )
+        self._check_files(model)
+        scoring = time.monotonic()
         untrained = self._score(model)
-        width_norm = base.get_input_embeddings().weight.detach().float().norm(dim=-1).mean()
-        trainer = SoftPromptTrainer(
-            model,
-            train=self.train,
-            held_out=self.held_out,
-            settings=settings,
-            directory=self.directory,
-            pad_id=self._pad_id,
-            untrained=untrained,
-            on_progress=self.reporter.on_progress,
-            warn=self.reporter.warn,
-            vocabulary_norm=None if settings.method.is_key_values else float(width_norm),
-        )
+        seconds_per_evaluation = time.monotonic() - scoring
         checkpoint = self.directory.newest_checkpoint() if settings.resume else None
         if checkpoint is not None:
             self.reporter.say(f"resuming from {checkpoint.name}")
         elif settings.resume:
             self.directory.truncate_records(0)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        rows = f"{len(self.train)} rows, {len(self.held_out)} held out"
+        steps = num_steps(settings, len(self.train))
+        done = 0 if checkpoint is None else self.directory.step_of(checkpoint)
+        each = seconds_per_step(model, self.train, settings, self._pad_id)
+        each += seconds_per_evaluation / steps_between_evaluations(settings, len(self.train))
+        planned = steps - done + (round(SHARE * steps) * settings.search if not done else 0)
+        about = timedelta(seconds=round(planned * each))
+        self.reporter.say(f"{steps} steps over {rows}, on {model.device}: about {about} at most")
+        make = self._maker(model, untrained)
+        if settings.search:
+            if untrained is None:
+                raise SettingsError("search needs held-out rows, and the data has too few")
+            rate = find_rate(settings, steps, self.directory, make, self.reporter.say)
+            self.reporter.say(f"training at the rate {rate:g}")
+            settings = replace(settings, learning_rate=rate)
+        trainer = train_steadily(
+            lambda halvings: make(replace(settings, learning_rate=settings.rate / 2**halvings), self.directory),
+            self.directory,
+            checkpoint,
+            self.reporter.warn,
+        )
         best = trainer.best
         if best is not None:
             restore(model, best.state)
         base_name = self._base_name()
         save_adapter(model, self.directory.adapter, base_name=base_name, keeps_text=init_text is not None)
+        prompt_format = recorded_format(self.corpus.train, self.train, settings.separator).to_json()
+        self.directory.write(f"{self.directory.adapter.name}/{FORMAT_FILE}", prompt_format)
         drawn = draw_curves(
             self.directory.records(), self.directory.curves, title=f"{settings.name}: {settings.method}"
         )
         if not drawn:
             self.reporter.say("no curves.png: matplotlib is not installed")
-        model.eval()
-        trained = self._score(PeftModel.from_pretrained(model.get_base_model(), str(self.directory.adapter)))
+        reloaded = load_adapter(remove_adapter(model), self.directory.adapter)
+        trained = self._score(reloaded)
+        remove_adapter(reloaded)
         if best is not None and untrained is not None and trained is not None:
             losses = [
                 (entry["step"], entry["eval_loss"]) for entry in self.directory.records() if "eval_loss" in entry
@@ -267,26 +316,59 @@ class _Run:
         return {
             "name": settings.name,
             "method": settings.method,
+            "task_type": settings.task_type,
             "adapter": str(self.directory.adapter),
             "base_model": base_name,
-            "learning_rate": settings.rate,
+            "over": None if self.over is None else self.over.ref,
+            "learning_rate": trainer.settings.rate,
             "init_text": init_text,
+            "search": self.directory.read(SEARCH_FILE),
+            "format": prompt_format,
             "steps": trainer.state.global_step,
             "best_step": None if best is None else best.step,
             "train_loss": _last_loss(self.directory),
             "seconds": round(time.monotonic() - started, 1),
             "scores": {
                 name: None if scores is None else asdict(scores)
-                for name, scores in (("bare", bare), ("untrained", untrained), ("trained", trained))
+                for name, scores in (before | {"untrained": untrained, "trained": trained}).items()
             },
         }
+
+    def _maker(
+        self, model: PeftModel, untrained: CompletionScores | None
+    ) -> Callable[[TrainSettings, RunDirectory], SoftPromptTrainer]:
+        """Makes trainers of the model in its present state."""
+        initial = state_of(model)
+
+        def make(settings: TrainSettings, directory: RunDirectory) -> SoftPromptTrainer:
+            restore(model, initial)
+            return SoftPromptTrainer(
+                model,
+                train=self.train,
+                held_out=self.held_out,
+                settings=settings,
+                directory=directory,
+                pad_id=self._pad_id,
+                untrained=untrained,
+                on_progress=self.reporter.on_progress,
+            )
+
+        return make
 
     def _score(self, model: Any, *, is_bare: bool = False) -> CompletionScores | None:
         if not self.held_out:
             return None
         # A bare model has no tasks, and not every model ignores an unknown argument.
         examples = [replace(example, task_id=None) for example in self.held_out] if is_bare else self.held_out
-        return score(model, examples, batch_size=self.settings.batch_size, pad_id=self._pad_id)
+        score_all = score_classes if self.settings.has_head else score
+        return score_all(model, examples, batch_size=self.settings.batch_size, pad_id=self._pad_id)
+
+    def _check_files(self, model: PeftModel) -> None:
+        """Let the server check the files of an untrained adapter: it may adapt fewer modules than PEFT does."""
+        if self.publisher is not None and not self.settings.method.is_soft_prompt:
+            with TemporaryDirectory() as name:
+                save_adapter(model, Path(name), base_name=self._base_name(), keeps_text=False)
+                self.publisher.check_files(Path(name))
 
     def _base_name(self) -> str:
         if self.settings.base_name is not None:
@@ -294,6 +376,17 @@ class _Run:
         if self.publisher is not None:
             return self.publisher.base_name
         return DEMO_NAME if self.settings.model == DEMO else self.settings.model
+
+    def _load_classifier(self) -> Any:
+        device = _device(self.settings)
+        set_seed(self.settings.seed)
+        return load_classifier(
+            self.path,
+            self.settings.revision,
+            labels=self.corpus.labels,
+            dtype=_dtype(self.settings, device),
+            pad_id=self._pad_id,
+        ).to(device)
 
     def _load_base(self) -> Any:
         device = _device(self.settings)

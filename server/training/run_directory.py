@@ -6,8 +6,12 @@
     metrics.jsonl    one object per step and per evaluation
     curves.png       the same as a plot, if matplotlib is installed
     checkpoints/     checkpoints of transformers' Trainer, with the whole encoder
-    adapter/         the two files that PEFT loads and the server accepts
+    over/            the files of the adapter that the soft prompt is trained over, if there is one
+    adapter/         the two files that PEFT loads and the server accepts, and prompt_format.json for prelude push
+    search.json      the held-out loss of each rate that --search tried
     golden.json      PEFT's log-probabilities of a few texts, to compare the server with
+    report.json      id of the run that is reported to a server
+    report.json      id of the run that is reported to a server
     result.json      scores, and what was published
 """
 
@@ -17,6 +21,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -47,6 +52,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.adapter = path / "adapter"
+        self.over = path / "over"
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.curves = path / "curves.png"
@@ -85,7 +91,9 @@ class RunDirectory:
                 yield
             except BaseException:
                 if not resume and not self.metrics.exists():
-                    (self.path / "settings.json").unlink()  # no step was done: the same command can start again
+                    # No step was done: the same command can start again.
+                    (self.path / "settings.json").unlink()
+                    shutil.rmtree(self.over, ignore_errors=True)
                 raise
         finally:
             os.close(lock)
@@ -123,15 +131,37 @@ class RunDirectory:
         write_file(self.metrics, "".join(json.dumps(entry) + "\n" for entry in remaining).encode())
         return remaining
 
+    @staticmethod
+    def step_of(checkpoint: Path) -> int:
+        """The number of steps before a checkpoint."""
+        return int(checkpoint.name.removeprefix("checkpoint-"))
+
     def newest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint: transformers writes ``trainer_state.json`` last."""
+        """The newest complete checkpoint."""
+        complete = self._complete_checkpoints()
+        return complete[max(complete)] if complete else None
+
+    def checkpoint_of(self, step: int | None) -> Path | None:
+        """The complete checkpoint of a step, of the newest one for None; None if there is none."""
+        return self.newest_checkpoint() if step is None else self._complete_checkpoints().get(step)
+
+    def keep_checkpoints(self, best_step: int | None) -> None:
+        """Delete all checkpoints but the newest one and that of the best step; without one, but the newest two."""
+        steps = sorted(self._complete_checkpoints())
+        kept = steps[-2:] if best_step is None else [*steps[-1:], best_step]
+        for step, folder in self._complete_checkpoints().items():
+            if step not in kept:
+                shutil.rmtree(folder)
+
+    def _complete_checkpoints(self) -> dict[int, Path]:
+        """Complete checkpoints by step: transformers writes ``trainer_state.json`` last."""
         complete = {}
         for folder in self.checkpoints.glob("checkpoint-*"):
             try:
                 complete[int(json.loads((folder / "trainer_state.json").read_text())["global_step"])] = folder
             except (OSError, ValueError, KeyError):
                 continue
-        return complete[max(complete)] if complete else None
+        return complete
 
     def _check_same(self, settings: dict[str, Any]) -> None:
         before = self.read("settings.json")

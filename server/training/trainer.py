@@ -1,9 +1,15 @@
-"""transformers' Trainer for a soft prompt, with separate checkpoints, evaluations, early stopping and warnings."""
+"""transformers' Trainer for a soft prompt or an adapter.
+
+Adds separate checkpoints, evaluations, early stopping, and an end of divergent trainings.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +21,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from server.training.encoding import Encoded
 from server.training.errors import InstabilityError
+from server.training.heads.scoring import class_loss, collate_classes, score_classes
 from server.training.peft_methods import load_state, mean_norm, restore, save_state, state_of
+from server.training.rates.divergence import SizeLimit
 from server.training.run_directory import RunDirectory
 from server.training.scoring import CompletionScores, can_limit_logits, collate, completion_loss, score
 from server.training.settings import TrainSettings
@@ -23,9 +31,7 @@ from server.training.settings import TrainSettings
 EVALUATIONS = 20
 """Default number of evaluations per run."""
 
-DIVERGENCE_FACTOR = 30.0
-"""Factor over the initial mean norm, and the vocabulary's, above which a warning is given."""
-
+_TENSORBOARD_DIRECTORY = "TENSORBOARD_LOGGING_DIR"
 _STATE_FILE = "soft_prompt.safetensors"
 _BEST_FILE = "best.safetensors"
 
@@ -48,7 +54,6 @@ class TrainingProgress:
 
 
 OnProgress = Callable[[TrainingProgress], None]
-Warn = Callable[[str], None]
 
 
 @dataclass(slots=True)
@@ -58,7 +63,7 @@ class Best:
     Attributes:
         step: Number of steps before it.
         scores: Scores on the held-out rows.
-        state: The state of the encoder.
+        state: The state of the encoder or the adapter.
     """
 
     step: int
@@ -74,9 +79,9 @@ def is_improvement(scores: CompletionScores, best: CompletionScores, monitor: st
 
 
 class SoftPromptTrainer(Trainer):
-    """Trains the soft prompt of a PEFT model.
+    """Trains the soft prompt or the adapter of a PEFT model.
 
-    Checkpoints contain the whole encoder and the best state so far, and are written at each evaluation.
+    Checkpoints contain the whole encoder or adapter, and the best state so far, and are written at each evaluation.
 
     Args:
         model: A PEFT model.
@@ -87,8 +92,6 @@ class SoftPromptTrainer(Trainer):
         pad_id: Token id for padding; it is masked.
         untrained: Scores before the first step, the first best state.
         on_progress: Called after each step and each evaluation.
-        warn: Called with warnings.
-        vocabulary_norm: Mean norm of the model's input embeddings; None if keys and values are trained.
     """
 
     def __init__(
@@ -102,49 +105,98 @@ class SoftPromptTrainer(Trainer):
         pad_id: int,
         untrained: CompletionScores | None,
         on_progress: OnProgress,
-        warn: Warn,
-        vocabulary_norm: float | None,
     ) -> None:
         self.best: Best | None = None if untrained is None else Best(0, untrained, state_of(model))
-        self.soft_prompt = model
-        self.initial_norm = mean_norm(model)
+        self.peft_model = model
+        self.limit = SizeLimit(model, settings.method)
+        self.fault: str | None = None
         self.held_out = held_out
+        self.train_rows = train
         self.settings = settings
         self.directory = directory
         self.pad_id = pad_id
-        limit_logits = can_limit_logits(model)
         arguments = _arguments(settings, directory, num_examples=len(train), evaluates=bool(held_out))
-        super().__init__(
-            model=model,
-            args=arguments,
-            train_dataset=list(train),
-            eval_dataset=list(held_out) or None,
-            data_collator=lambda examples: collate(examples, pad_id, limit_logits=limit_logits),
-            compute_loss_func=completion_loss,
-            callbacks=[_TrainingMonitor(self, on_progress, warn, vocabulary_norm)],
-        )
+        with _tensorboard_in(directory.path / "tensorboard"):
+            super().__init__(
+                model=model,
+                args=arguments,
+                train_dataset=list(train),
+                eval_dataset=list(held_out) or None,
+                data_collator=collator(model, settings, pad_id),
+                compute_loss_func=completion_loss,
+                callbacks=[_TrainingMonitor(self, on_progress)],
+            )
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
 
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch: of the classes if a head is trained, otherwise of the completions."""
+        if not self.settings.has_head:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, logits = class_loss(model, inputs, num_items_in_batch)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best state; 0 for the untrained one, None without held-out rows."""
+        return None if self.best is None else self.best.step
+
+    @property
+    def best_loss(self) -> float | None:
+        """Held-out loss of the best state; None without held-out rows."""
+        return None if self.best is None else self.best.scores.loss
+
+    def start(self, checkpoint: Path | None) -> None:
+        """Train from a checkpoint, or from the beginning.
+
+        Raises:
+            InstabilityError: If the training diverges.
+        """
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the held-out rows, and store the state if it is the best."""
-        scores = score(self.soft_prompt, self.held_out, batch_size=self.settings.batch_size, pad_id=self.pad_id)
-        if self.best is None or is_improvement(scores, self.best.scores, self.settings.monitor):
-            self.best = Best(self.state.global_step, scores, state_of(self.soft_prompt))
-        metrics = {"eval_loss": scores.loss, "eval_accuracy": scores.accuracy}
+        score_all = score_classes if self.settings.has_head else score
+        scores = score_all(self.peft_model, self.held_out, batch_size=self.settings.batch_size, pad_id=self.pad_id)
+        norm = mean_norm(self.peft_model)
+        self.fault = self.limit.fault(norm)
+        is_sound = math.isfinite(scores.loss) and self.fault is None
+        if is_sound and (self.best is None or is_improvement(scores, self.best.scores, self.settings.monitor)):
+            self.best = Best(self.state.global_step, scores, state_of(self.peft_model))
+        metrics = {"eval_loss": scores.loss, "eval_accuracy": scores.accuracy, "eval_norm": norm}
+        self.log(dict(metrics))  # for trackers; it adds to what it is given
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.directory.checkpoints)
         folder.mkdir(parents=True, exist_ok=True)
-        save_state(state_of(self.soft_prompt), folder / _STATE_FILE)
+        save_state(state_of(self.peft_model), folder / _STATE_FILE)
         if self.best is not None:
             save_state(self.best.state, folder / _BEST_FILE)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        # A checkpoint has the rate that it was trained with; this trainer's may be half of it.
+        scheduler: Any = self.lr_scheduler
+        optimizer: Any = self.optimizer
+        state = scheduler.state_dict()
+        rates = [self.settings.rate * shape(state["last_epoch"]) for shape in scheduler.lr_lambdas]
+        scheduler.load_state_dict({**state, "base_lrs": [self.settings.rate] * len(rates), "_last_lr": rates})
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group.update(initial_lr=self.settings.rate, lr=rate)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        restore(self.soft_prompt, load_state(folder / _STATE_FILE))
+        restore(self.peft_model, load_state(folder / _STATE_FILE))
         step = int(folder.name.removeprefix("checkpoint-"))
         for entry in self.directory.truncate_records(step):
             if "eval_loss" in entry and self.best is not None:
@@ -156,17 +208,11 @@ class SoftPromptTrainer(Trainer):
 
 
 class _TrainingMonitor(TrainerCallback):
-    """Writes metrics, reports progress, warns, and stops training."""
+    """Writes metrics, reports progress, and stops training."""
 
-    def __init__(
-        self, trainer: SoftPromptTrainer, on_progress: OnProgress, warn: Warn, vocabulary_norm: float | None
-    ) -> None:
+    def __init__(self, trainer: SoftPromptTrainer, on_progress: OnProgress) -> None:
         self._trainer = trainer
         self._on_progress = on_progress
-        self._warn = warn
-        self._norm = trainer.initial_norm
-        self._limit = DIVERGENCE_FACTOR * max(self._norm, vocabulary_norm or 0.0)
-        self._has_warned = False
         self._held_out: CompletionScores | None = None
         self._loss = math.nan
 
@@ -178,8 +224,8 @@ class _TrainingMonitor(TrainerCallback):
         if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm") or 0.0)):
             raise InstabilityError(
                 f"step {state.global_step}: the loss is {logs['loss']} and the gradient norm "
-                f"{logs.get('grad_norm')}. Lower --learning-rate (now {self._trainer.settings.rate:g}), or train "
-                "in --dtype float32. Nothing was saved after the last evaluation."
+                f"{logs.get('grad_norm')} at the rate {self._trainer.settings.rate:g}. Lower --learning-rate, or "
+                "train in --dtype float32."
             )
         self._loss = logs["loss"]
         entry = {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if logs.get(key) is not None}
@@ -190,19 +236,22 @@ class _TrainingMonitor(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
     ) -> None:
         trainer = self._trainer
-        norm = mean_norm(trainer.soft_prompt)
-        trainer.directory.record({"step": state.global_step, **metrics, "norm": norm})
+        norm = metrics["eval_norm"]
+        scores = {key: value for key, value in metrics.items() if key != "eval_norm"}
+        trainer.directory.record({"step": state.global_step, **scores, "norm": norm})
         self._held_out = CompletionScores(metrics["eval_loss"], metrics["eval_accuracy"])
         self._on_progress(TrainingProgress(state.global_step, state.max_steps, self._loss, self._held_out))
         if not math.isfinite(metrics["eval_loss"]):
-            raise InstabilityError(f"step {state.global_step}: the held-out loss is {metrics['eval_loss']}")
-        if norm > self._limit and not self._has_warned:
-            self._has_warned = True
-            self._warn(
-                f"step {state.global_step}: the soft prompt's mean norm is {norm:.3g}, up from {self._norm:.3g}: "
-                "training diverges. Lower --learning-rate"
+            raise InstabilityError(f"step {state.global_step}: the held-out loss is {metrics['eval_loss']}.")
+        if trainer.fault is not None:
+            raise InstabilityError(
+                f"step {state.global_step}: {trainer.fault}: the training diverges at the rate "
+                f"{trainer.settings.rate:g}."
             )
         control.should_training_stop = control.should_training_stop or self._is_out_of_patience()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._trainer.directory.keep_checkpoints(self._trainer.best_step)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # A resumed run that had already run out of patience must not train further.
@@ -216,12 +265,61 @@ class _TrainingMonitor(TrainerCallback):
         return sum(step > best.step for step in at) >= patience
 
 
+def collator(model: PeftModel, settings: TrainSettings, pad_id: int) -> Callable[[Sequence[Encoded]], dict[str, Any]]:
+    """Makes batches of examples: with classes if a head is trained, otherwise with completions."""
+    if settings.has_head:
+        return lambda examples: collate_classes(examples, pad_id)
+    limit_logits = can_limit_logits(model)
+    return lambda examples: collate(examples, pad_id, limit_logits=limit_logits)
+
+
+def seconds_per_step(model: PeftModel, examples: Sequence[Encoded], settings: TrainSettings, pad_id: int) -> float:
+    """Measure the time of an optimizer step by one forward and backward pass, which change nothing."""
+    count = min(settings.batch_size, len(examples))
+    batch = collator(model, settings, pad_id)(examples[:: len(examples) // count][:count])
+    was_training = model.training
+    model.train()
+    with torch.random.fork_rng():
+        started = time.monotonic()
+        inputs: dict[str, Any] = {
+            key: value if isinstance(value, int) else value.to(model.device) for key, value in batch.items()
+        }
+        if settings.has_head:
+            loss, _ = class_loss(model, inputs)
+        else:
+            labels = inputs.pop("labels")
+            loss = completion_loss(model(**inputs), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        seconds = time.monotonic() - started
+    model.zero_grad()
+    model.train(was_training)
+    return seconds * settings.gradient_accumulation_steps
+
+
+def steps_between_evaluations(settings: TrainSettings, num_examples: int) -> int:
+    """Number of optimizer steps between two evaluations, and between two checkpoints."""
+    return settings.eval_steps or max(1, num_steps(settings, num_examples) // EVALUATIONS)
+
+
 def num_steps(settings: TrainSettings, num_examples: int) -> int:
     """Number of optimizer steps of a training."""
     if settings.max_steps is not None:
         return settings.max_steps
     batches = math.ceil(num_examples / settings.batch_size)
     return max(1, math.ceil(math.ceil(batches / settings.gradient_accumulation_steps) * settings.epochs))
+
+
+@contextmanager
+def _tensorboard_in(folder: Path) -> Iterator[None]:
+    """Let transformers' callback write there, unless the user names another directory."""
+    if _TENSORBOARD_DIRECTORY in os.environ:
+        yield
+        return
+    os.environ[_TENSORBOARD_DIRECTORY] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[_TENSORBOARD_DIRECTORY]
 
 
 class _OneDeviceArguments(TrainingArguments):
@@ -236,8 +334,7 @@ class _OneDeviceArguments(TrainingArguments):
 def _arguments(
     settings: TrainSettings, directory: RunDirectory, *, num_examples: int, evaluates: bool
 ) -> TrainingArguments:
-    steps = num_steps(settings, num_examples)
-    every = settings.eval_steps or max(1, steps // EVALUATIONS)
+    every = steps_between_evaluations(settings, num_examples)
     return _OneDeviceArguments(
         output_dir=str(directory.checkpoints),
         seed=settings.seed,
@@ -257,10 +354,10 @@ def _arguments(
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
         use_cpu=settings.device == "cpu" or not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available() and settings.device != "cpu",
         remove_unused_columns=False,
-        report_to="none",
+        report_to=[tracker.value for tracker in settings.report_to] or "none",
+        run_name=settings.name,
         disable_tqdm=True,
     )

@@ -64,7 +64,7 @@ def calls(count: int, **function: Any) -> list[dict[str, object]]:
         ("/v1/classify", {"input": [[1]] * 16_385, "labels": ["a"]}, "input", "at most 16384 texts"),
         ("/v1/completions", {"prompt": "x", "stop": [1] * 17}, "stop", "at most 16 strings"),
         ("/v1/classify", {"input": "x", "labels": [1] * 257}, "labels", "1 to 256 labels"),
-        ("/v1/completions", {"prompt": "x", "model": [1] * 17}, "model", "2 to 16 soft prompts"),
+        ("/v1/completions", {"prompt": "x", "model": [1] * 17}, "model", "2 to 16 members"),
         ("/v1/chat/completions", {"messages": [1] * 4097}, "messages", "at most 4096 messages"),
         ("/tokenize", {"messages": [1] * 4097}, "messages", "at most 4096 messages"),
         ("/tokenize", {"messages": calls(65)}, "messages", "at most 4096 calls together"),

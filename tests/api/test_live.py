@@ -141,7 +141,7 @@ def test_a_disconnect_aborts_and_releases_everything(
     assert store.leased == store.released
     eventually(lambda: services.admission.num_in_use == 0)
     metrics = httpx.get(f"{live.url}/metrics").text
-    assert 'prelude_requests_total{outcome="abort",prompt="sentiment"} 1.0' in metrics
+    assert 'prelude_requests_total{outcome="abort",prompt="sentiment",version="1"} 1.0' in metrics
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -186,7 +186,7 @@ def test_a_late_error_is_one_event(live: LiveServer, engine: FakeEngine, failure
     assert "secret" not in response.text
     assert "[DONE]" not in response.text
     metrics = httpx.get(f"{live.url}/metrics").text
-    assert 'prelude_requests_total{outcome="error",prompt="-"} 1.0' in metrics
+    assert 'prelude_requests_total{outcome="error",prompt="-",version="-"} 1.0' in metrics
     assert f'prelude_request_errors_total{{code="{error["code"]}"}} 1.0' in metrics
 
 

@@ -22,6 +22,8 @@ READER = Caller("key", SHARED, frozenset({Scope.PROMPTS_READ}))
         ("DELETE", "/v1/prompts/a", "/v1/prompts/{id}"),
         ("PUT", "/v1/prompts/a/aliases/b", "/v1/prompts/{id}/aliases/{alias}"),
         ("HEAD", "/metrics", "/metrics"),
+        ("GET", "/console/session", "/console/session"),
+        ("GET", "/console/sessions", "/console/{path:path}"),
     ],
 )
 def test_a_request_is_matched_to_its_operation(method: str, path: str, template: str) -> None:
@@ -39,8 +41,8 @@ def test_an_unknown_path_is_404(path: str) -> None:
 
 def test_a_wrong_method_is_405_with_the_methods_of_the_path() -> None:
     with pytest.raises(HTTPException) as caught:
-        OPERATIONS.match("PATCH", "/v1/prompts/a").check_access(ANYBODY)
-    assert (caught.value.status_code, caught.value.headers) == (405, {"allow": "DELETE, GET"})
+        OPERATIONS.match("PUT", "/v1/prompts/a").check_access(ANYBODY)
+    assert (caught.value.status_code, caught.value.headers) == (405, {"allow": "DELETE, GET, PATCH"})
 
 
 def test_one_of_the_scopes_is_enough() -> None:
@@ -52,8 +54,10 @@ def test_one_of_the_scopes_is_enough() -> None:
 
 def test_probes_are_open_and_metrics_are_not() -> None:
     open_paths = {path for (_, path), operation in OPERATIONS.by_route.items() if operation.scopes is None}
-    assert open_paths == {"/live", "/ready", "/health"}
-    assert all(OPERATIONS.match("DELETE", path).is_open for path in open_paths)
+    probes = {"/live", "/ready", "/health"}
+    assert open_paths == probes | {"/console", "/console/session", "/console/{path:path}"}
+    assert all(OPERATIONS.match("GET", path).is_polled == (path in probes) for path in open_paths)
+    assert all(OPERATIONS.match("PATCH", path).is_open for path in open_paths)
     metrics = OPERATIONS.match("GET", "/metrics")
     assert (metrics.is_open, metrics.is_metrics, metrics.is_polled) == (False, True, True)
 

@@ -82,7 +82,9 @@ async def test_streams_carry_a_request_id(client: httpx.AsyncClient) -> None:
 
 
 async def test_the_docs_are_served(client: httpx.AsyncClient) -> None:
-    assert (await client.get("/docs")).status_code == 200
+    for path in ("/docs", "/redoc"):
+        response = await client.get(path)
+        assert (response.status_code, response.headers["location"]) == (307, "/console#/api")
     schema = (await client.get("/openapi.json")).json()
     assert {"/v1/completions", "/v1/chat/completions", "/v1/prompts", "/live", "/metrics"} <= set(schema["paths"])
     assert "HTTPValidationError" not in schema["components"]["schemas"]
@@ -97,7 +99,7 @@ async def test_metrics_are_served(client: httpx.AsyncClient, sentiment: str) -> 
     assert response.headers["content-type"].startswith("text/plain")
     lines = set(response.text.splitlines())
     assert {
-        'prelude_requests_total{outcome="stop",prompt="sentiment"} 1.0',
+        'prelude_requests_total{outcome="stop",prompt="sentiment",version="1"} 1.0',
         'prelude_request_errors_total{code="model_not_found"} 1.0',
         "prelude_time_to_first_token_seconds_count 1.0",
         "prelude_inter_token_latency_seconds_count 11.0",
@@ -141,7 +143,7 @@ def app(make_app: MakeApp, settings: Settings, request: pytest.FixtureRequest) -
 async def test_a_request_without_a_valid_key_is_401(
     key_file: Path, client: httpx.AsyncClient, header: str | None
 ) -> None:
-    for path in ("/v1/models", "/v1/prompts", "/metrics", "/docs", "/no-such"):
+    for path in ("/v1/models", "/v1/prompts", "/metrics", "/openapi.json", "/no-such"):
         response = await client.get(path, headers={"authorization": header} if header else {})
         assert response.status_code == 401
         assert response.json()["error"]["code"] == "invalid_api_key"

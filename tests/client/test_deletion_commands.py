@@ -49,6 +49,7 @@ def test_remove_needs_no_confirmation_with_yes(data: Data, two: None) -> None:
         "deleted": True,
         "versions": [1],
         "aliases": {},
+        "ended_rollouts": [],
     }
     assert all_ == {
         "id": "sentiment",
@@ -56,6 +57,7 @@ def test_remove_needs_no_confirmation_with_yes(data: Data, two: None) -> None:
         "deleted": True,
         "versions": [2],
         "aliases": {"latest": 2},
+        "ended_rollouts": [],
     }
 
 
@@ -94,3 +96,18 @@ def test_a_name_without_latest_says_which_aliases_it_has(
         assert "has no alias 'latest': its aliases are canary=1" in refused.stderr
     ok("promote", "x", "1", "--alias", "stable")
     assert "canary=1, stable=1" in prelude("warm", "x").stderr
+
+
+def test_remove_says_which_rollouts_end(
+    prelude: Prelude, ok: Ok, two: None, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ok("canary", "sentiment", "--to", "1")
+    refused = prelude("rm", "sentiment@1")
+    assert refused.exit_code == 5
+    assert "is in the rollout of the alias latest" in refused.stderr
+    monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
+    done = prelude("rm", "sentiment@1", input="y\n")
+    assert "This deletes sentiment@1 and ends the rollout of latest. Continue?" in done.stderr
+    assert "ended the rollout of latest" in done.stdout
+    assert get("/sentiment")["rollouts"] == {}

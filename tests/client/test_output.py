@@ -26,7 +26,7 @@ FULL = Path("/dev/full")
 
 
 def prelude(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PRELUDE, *arguments], text=True, timeout=120, check=False, **options)
+    return subprocess.run([*PRELUDE, *arguments], text=True, timeout=300, check=False, **options)
 
 
 def test_key_writes_a_usable_file_to_each_stream(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_closed_pipe_is_silent() -> None:
 
 
 def test_other_os_errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+    def fail(**_: object) -> None:
         raise OSError(errno.ENOENT, "no such file")
 
     monkeypatch.setattr(cli, "app", fail)

@@ -26,7 +26,7 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 def test_a_pickle_gets_conversion_advice(tmp_path: Path) -> None:
     text = explain_directory(make(tmp_path / "p", "adapter_config.json", "adapter_model.bin"))
     assert "a pickle" in text
-    assert "save_pretrained(NEW, safe_serialization=True)" in text
+    assert f"prelude import {tmp_path / 'p'} --out NEW" in text
 
 
 def test_the_parent_of_an_adapter_names_the_folder(tmp_path: Path) -> None:

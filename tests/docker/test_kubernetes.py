@@ -148,8 +148,24 @@ def test_kustomize_builds_complete_manifests(overlay: str) -> None:
     assert {claim["claimName"] for claim in claims} == kept
     variables = {entry["name"] for entry in container(found)["env"]}
     assert variables <= {flag.variable for flag in FLAGS}
-    expected = {"base": ("prelude:cpu", 1), "gpu": ("prelude:cuda", 1), "replicas": ("prelude:cpu", 2)}
+    expected = {
+        "base": ("prelude:cpu", 1),
+        "gpu": ("prelude:cuda", 1),
+        "replicas": ("prelude:cpu", 2),
+        "vllm": ("prelude:vllm", 1),
+    }
     assert (container(found)["image"], found["Deployment/prelude"]["spec"]["replicas"]) == expected[overlay]
     if overlay == "gpu":
         assert container(found)["resources"]["limits"]["nvidia.com/gpu"] == "1"
         assert container(found)["resources"]["limits"]["memory"] == "8Gi"
+
+
+def test_vllm_has_as_many_gpus_as_shares_of_the_model_and_memory_between_them() -> None:
+    found = documents(run("kubectl", "kustomize", MANIFESTS / "vllm"))
+    environment = {entry["name"]: entry["value"] for entry in container(found)["env"]}
+    limits = container(found)["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == environment["PRELUDE_TENSOR_PARALLEL_SIZE"]
+    assert container(found)["resources"]["requests"]["memory"] == limits["memory"]
+    (mounted,) = [mount for mount in container(found)["volumeMounts"] if mount["mountPath"] == "/dev/shm"]  # noqa: S108
+    (volume,) = [volume for volume in pod(found)["volumes"] if volume["name"] == mounted["name"]]
+    assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}

@@ -92,7 +92,7 @@ def test_a_client_that_does_not_read_delays_no_other_request(served: tuple[httpx
     encoded = json.dumps(body).encode()
     request = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     request += b"Content-Length: %d\r\n\r\n"
-    ended = 'requests_total{outcome="length",prompt="-"}'
+    ended = 'requests_total{outcome="length",prompt="-",version="-"}'
     num_ended = value(client, ended)
     before = psutil.Process(pid).memory_info().rss
     with socket.create_connection((client.base_url.host, client.base_url.port)) as silent:

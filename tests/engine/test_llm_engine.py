@@ -54,6 +54,18 @@ def test_stops_at_length_stop_token_and_eos(llama: Family, make_engine: Callable
     assert (outputs["stop"][-1].finish_reason, outputs["stop"][-1].stop_token_id) == (FinishReason.STOP, stop)
 
 
+def test_tokens_of_one_step_have_its_number(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
+    engine = make_engine(llama)
+    for name in ("one", "two"):
+        add(engine, name, TEXT, greedy(5))
+    outputs = run(engine)
+    steps = [event.step for event in outputs["one"]]
+    assert steps == [event.step for event in outputs["two"]]
+    first = present(steps[0])
+    assert steps == list(range(first, first + 5))
+    assert engine.stats.steps == steps[-1]
+
+
 def test_seeded_sampling_is_the_same_in_every_batch(llama: Family, make_engine: Callable[..., LLMEngine]) -> None:
     params = SamplingParams(max_tokens=12, temperature=1.3, top_p=0.95, seed=11)
     soft_prompt = llama.soft_prompts["prefix_13"]

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from server.engine.llm_engine import NOT_FINITE_SOFT_PROMPT, NOT_FINITE_TEXT, LLMEngine
+from server.engine.llm_engine import NOT_FINITE_SOFT_PROMPT, LLMEngine
 from server.engine.model.platform import CPUPlatform, Platform
+from server.engine.sampling.next_token import NOT_FINITE_TEXT
 from server.engine.types import ErrorCode, RequestFailure, SamplingParams, SoftPromptSource, TokenEvent
 from tests.support.engine.harness import VOCABULARY, Family, add, failure_of, greedy, random_text, run, tokens
 from tests.support.engine.platforms import PlainPlatform

@@ -31,6 +31,7 @@ from server.engine.types import (
     ErrorCode,
     FinishReason,
     GenerateRequest,
+    Member,
     RequestFailure,
     SamplingParams,
     SoftPromptSource,
@@ -188,7 +189,7 @@ class Request:
             prompt_token_ids=self.text,
             params=params,
             soft_prompt=source,
-            others=tuple(others),
+            others=tuple(Member(soft_prompt=one) for one in others),
             salt=str(self.tenant),
             priority=self.priority,
         )
@@ -252,7 +253,8 @@ def shared(make_family: Callable[[str], Family]) -> Iterator[LLMEngine]:
 
 
 def without_times(events: list[TokenEvent]) -> list[TokenEvent]:
-    return [msgspec.structs.replace(event, queue_seconds=None, prefill_seconds=None) for event in events]
+    """Without the numbers of steps, too: an engine that both runs share goes on counting."""
+    return [msgspec.structs.replace(event, queue_seconds=None, prefill_seconds=None, step=0) for event in events]
 
 
 def serve(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from server.engine.llm_engine import LLMEngine
-from server.engine.types import ErrorCode, GenerateRequest, SamplingParams
+from server.engine.types import ErrorCode, GenerateRequest, Member, SamplingParams
 from tests.support.engine.harness import VOCABULARY, Family, add, failure_of, greedy, run, tokens
 
 TEXT = [3, 1, 4, 1, 5]
@@ -31,7 +31,7 @@ TEXT = [3, 1, 4, 1, 5]
         ({}, {"stop_token_ids": (4, VOCABULARY)}, f"token id {VOCABULARY} is not"),
         ({}, {"stop_token_ids": (-2,)}, "token id -2 is not"),
         ({}, {"prompt_logprobs": 0, "prompt_logprobs_start": -1}, "prompt_logprobs_start -1"),
-        ({"others": (None,)}, {"logit_bias": {VOCABULARY: 1.0}}, f"token id {VOCABULARY} is not"),
+        ({"others": (Member(),)}, {"logit_bias": {VOCABULARY: 1.0}}, f"token id {VOCABULARY} is not"),
     ],
 )
 def test_a_request_that_would_fail_a_step_is_refused_alone(

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from prompt_store.open_store import open_store
 from prompt_store.store import PromptStore
 from prompt_store.types import BaseModelSpec, PromptVersion
+from tests.support.new_stores import new_store
 
 CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "prompt_tuning": lambda: PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=6),
@@ -53,6 +54,18 @@ Publish = Callable[..., tuple[PromptVersion, bool]]
 """Publishes two files; the version, and whether it is new."""
 
 
+LLAMA_SHAPE: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+"""The Llama of these tests."""
+
+
 @pytest.fixture(scope="session")
 def base() -> BaseModelSpec:
     return BaseModelSpec(
@@ -70,13 +83,7 @@ def base() -> BaseModelSpec:
 def peft_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=60,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
+        **LLAMA_SHAPE,
     )
     config.num_labels = 4
     folders = {}
@@ -100,7 +107,7 @@ def peft_files(peft_folders: dict[str, Path]) -> dict[str, tuple[bytes, bytes]]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[PromptStore]:
-    opened = open_store(tmp_path / "store")
+    opened = open_store(new_store(tmp_path / "store"))
     yield opened
     opened.close()
 

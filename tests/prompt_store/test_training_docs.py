@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from prompt_store.files.validation import validate
-from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, BaseModelSpec, PeftType
+from prompt_store.types import CONFIG_FILE, WEIGHTS_FILE, BaseModelSpec, PeftType, PromptKind, SoftPrompt
+from tests.prompt_store.conftest import LLAMA_SHAPE
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "soft-prompts.md").read_text()
 CONFIGS, TRAINING = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
@@ -29,13 +30,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base")
     config = LlamaConfig(
-        vocab_size=60,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
+        **LLAMA_SHAPE,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
@@ -52,10 +47,12 @@ def test_each_method_trains_and_its_files_are_accepted(
     namespace = {"base": base_folder, "config": make_configs()[name], "batches": [batch] * 2, "folder": tmp_path}
     exec(TRAINING, namespace)  # noqa: S102 - our own document
     prompt = validate((tmp_path / CONFIG_FILE).read_bytes(), tmp_path / WEIGHTS_FILE, base, require_same_base=False)
+    assert isinstance(prompt, SoftPrompt)
     assert prompt.num_virtual_tokens == namespace["config"].num_virtual_tokens
 
 
 def test_every_method_is_in_the_document() -> None:
     trained = {config.peft_type.value for config in make_configs().values()}
-    assert trained == set(PeftType)
-    assert all(f"| `{peft_type}`" in DOCUMENT for peft_type in PeftType)
+    soft_prompts = {peft_type for peft_type in PeftType if peft_type.kind is PromptKind.SOFT_PROMPT}
+    assert trained == soft_prompts
+    assert all(f"| `{peft_type}`" in DOCUMENT for peft_type in soft_prompts)

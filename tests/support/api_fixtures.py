@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import numpy as np
@@ -24,14 +24,25 @@ from prompt_store.types import LeasedPrompt
 from server.api.keys.limits import KeyLimiter
 from server.app import create_app
 from server.config import EngineSettings, HttpSettings, Settings, StoreSettings
+from server.engine.process.started_process import StartedProcess
+from server.startup.display import StartDisplay
 from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.fake_engine import BASE, WIDTH, FakeEngine
 from tests.support.in_process import ready
 from tests.support.keyed import locked
 from tests.support.live_server import LiveServer
+from tests.support.new_stores import new_store
 from tests.support.waiting import wait_until
 
-MakeApp = Callable[[Settings], FastAPI]
+
+class MakeApp(Protocol):
+    """``create_app`` with the fakes."""
+
+    def __call__(
+        self, settings: Settings, *, display: StartDisplay | None = None, process: StartedProcess | None = None
+    ) -> FastAPI: ...
+
+
 PeftDirectory = Callable[..., Path]
 Serve = Callable[..., LiveServer]
 UploadParts = Callable[..., dict[str, Any]]
@@ -51,6 +62,11 @@ class CountingStore:
 
     def lease(self, ref: Any, access: Any = None) -> Any:
         leased = self._store.lease(ref, access)
+        self.leased.append(leased)
+        return leased
+
+    def lease_for_request(self, ref: Any, access: Any = None, key: Any = None) -> Any:
+        leased = self._store.lease_for_request(ref, access, key)
         self.leased.append(leased)
         return leased
 
@@ -80,7 +96,7 @@ def store_path() -> Iterator[Path]:
     """In memory if possible, because hundreds of stores would wait for the disk."""
     memory = Path("/dev/shm")  # noqa: S108 - the directory made in it has a random name
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as directory:
-        yield Path(directory) / "store"
+        yield new_store(Path(directory) / "store")
 
 
 @pytest.fixture
@@ -102,8 +118,17 @@ def store(settings: Settings) -> Iterator[CountingStore]:
 
 @pytest.fixture
 def make_app(engine: FakeEngine, tokenizer: ByteTokenizer, store: CountingStore) -> MakeApp:
-    def make(settings: Settings) -> FastAPI:
-        return create_app(settings, engine=engine, tokenizer=tokenizer, store=store)  # type: ignore[arg-type]
+    def make(
+        settings: Settings, *, display: StartDisplay | None = None, process: StartedProcess | None = None
+    ) -> FastAPI:
+        assert process is None
+        return create_app(
+            settings,
+            engine=engine,  # type: ignore[arg-type]
+            tokenizer=tokenizer,
+            store=store,  # type: ignore[arg-type]
+            display=display,
+        )
 
     return make
 

@@ -9,9 +9,13 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from prompt_store.types import ModuleShape
 from server.engine.interface import PROBE_PREFIX
+from server.engine.messages import AdapterInspection, BatchPicture, InspectedModule
+from server.engine.stats import EngineStats
 from server.engine.types import (
-    EngineStats,
+    AdapterSource,
+    Capability,
     FinishReason,
     GenerateRequest,
     InspectedLayer,
@@ -23,12 +27,23 @@ from server.engine.types import (
     SoftPromptSource,
     TokenEvent,
 )
-from server.errors import EngineNotReadyError
+from server.errors import EngineNotReadyError, UnsupportedByEngineError
 from tests.support.byte_tokenizer import EOS
 from tests.support.probes import FakeProbes
 
 BASE = "tiny"
 WIDTH, CONTEXT = 8, 256
+MODULES = {
+    f"model.layers.{layer}.self_attn.{name}": ModuleShape("linear", WIDTH, WIDTH)
+    for layer in range(2)
+    for name in ("q_proj", "v_proj")
+}
+"""The products of the scripted model that an adapter may change."""
+
+
+EMPTY_PICTURE = BatchPicture(
+    step=0, sequences=[], runs=[], num_blocks=10, num_used_blocks=0, num_idle_blocks=0, block_map=bytes(10)
+)
 
 
 def logprobs_of(token_id: int, num_top: int) -> Logprobs:
@@ -54,9 +69,8 @@ def head_of(request: GenerateRequest) -> list[float] | None:
     """Made-up logits of a head: 0 for the last label, and lower for the others with longer texts."""
     if not request.params.classify:
         return None
-    assert request.soft_prompt is not None
-    num_labels = request.soft_prompt.num_labels
-    assert num_labels is not None
+    heads = [source.num_labels for source in (request.soft_prompt, request.adapter) if source is not None]
+    (num_labels,) = [head for head in heads if head is not None]
     return [-float((num_labels - 1 - index) * len(request.prompt_token_ids)) for index in range(num_labels)]
 
 
@@ -79,17 +93,24 @@ class FakeEngine(FakeProbes):
         self.start_gate.set()
         self.alive = False
         self.outage: str | None = None
-        self.on_restarted: Callable[[], None] = lambda: None
+        self.since = 0.0
+        self._subscribers: list[Callable[[], None]] = []
         self.draining = False
         self.stopped = False
         self.requests: list[GenerateRequest] = []
+        self.capabilities: tuple[Capability, ...] = tuple(Capability)
         self.prepared: list[SoftPromptSource] = []
+        self.prepared_adapters: list[AdapterSource] = []
         self.prepare_failure: Exception | None = None
         self.pinned: dict[str, SoftPromptSource] = {}
+        self.pinned_adapters: dict[str, AdapterSource] = {}
         self.inspected: list[SoftPromptSource] = []
+        self.inspected_adapters: list[AdapterSource] = []
         self.inspect_failure: Exception | None = None
         self.ended: list[tuple[str, str]] = []
         """Request id and ending (stop, length, abort, error), once for each request."""
+        self.exposition = ""
+        self.picture = EMPTY_PICTURE
         self.stats = EngineStats(num_blocks=10, num_used_blocks=5, max_batch_distinct_prompts=3)
 
     @property
@@ -108,15 +129,28 @@ class FakeEngine(FakeProbes):
             max_model_len=CONTEXT,
             block_size=16,
             num_blocks=10,
+            block_bytes=4096,
             eos_token_ids=(EOS,),
+            capabilities=self.capabilities,
+            modules=MODULES if Capability.ADAPTERS in self.capabilities else {},
         )
 
     @property
     def is_ready(self) -> bool:
         return self.alive and not self.draining and self.outage is None
 
+    async def look(self) -> BatchPicture:
+        if Capability.BATCH_PICTURE not in self.capabilities:
+            raise UnsupportedByEngineError(self.model.refusal(Capability.BATCH_PICTURE))
+        return self.picture
+
     def subscribe(self, on_restarted: Callable[[], None]) -> None:
-        self.on_restarted = on_restarted
+        self._subscribers.append(on_restarted)
+
+    def on_restarted(self) -> None:
+        """Tell all subscribers."""
+        for tell in self._subscribers:
+            tell()
 
     def _is_stalled(self) -> bool:
         return self.stall_after is not None and not self.draining
@@ -128,6 +162,9 @@ class FakeEngine(FakeProbes):
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if not self.is_ready:
             raise EngineNotReadyError("the engine does not accept requests now")
+        missing = self.model.missing(request)
+        if missing is not None:
+            raise UnsupportedByEngineError(self.model.refusal(missing))
         if request.request_id.startswith(PROBE_PREFIX):
             self.try_out(request)
             yield TokenEvent(request_id=request.request_id, token_ids=[], finish_reason=FinishReason.LENGTH)
@@ -180,6 +217,7 @@ class FakeEngine(FakeProbes):
                     num_cached_tokens=2,
                     queue_seconds=seconds,
                     prefill_seconds=seconds,
+                    step=num_sent,
                     **scores(request, new, is_first=num_sent == len(new)),
                 )
                 if reason is not None:
@@ -187,19 +225,23 @@ class FakeEngine(FakeProbes):
         finally:
             self.ended.append((request.request_id, ending))
 
-    async def prepare(self, soft_prompt: SoftPromptSource) -> None:
+    async def prepare(self, soft_prompt: SoftPromptSource | None, adapter: AdapterSource | None = None) -> None:
         if not self.is_ready:
             raise EngineNotReadyError("the engine does not accept requests now")
         await asyncio.sleep(self.step_seconds)
         if self.prepare_failure is not None:
             raise self.prepare_failure
-        self.prepared.append(soft_prompt)
+        self.prepared += [] if soft_prompt is None else [soft_prompt]
+        self.prepared_adapters += [] if adapter is None else [adapter]
 
-    def pin(self, soft_prompt: SoftPromptSource) -> None:
-        self.pinned[soft_prompt.identity] = soft_prompt
+    def pin(self, source: SoftPromptSource | AdapterSource) -> None:
+        if isinstance(source, AdapterSource):
+            self.pinned_adapters[source.identity] = source
+        else:
+            self.pinned[source.identity] = source
 
-    def unpin(self, soft_prompt: SoftPromptSource) -> None:
-        del self.pinned[soft_prompt.identity]
+    def unpin(self, source: SoftPromptSource | AdapterSource) -> None:
+        del (self.pinned_adapters if isinstance(source, AdapterSource) else self.pinned)[source.identity]
 
     async def inspect(self, soft_prompt: SoftPromptSource, *, num_nearest: int) -> Inspection:
         if self.inspect_failure is not None:
@@ -212,6 +254,19 @@ class FakeEngine(FakeProbes):
         nearest = [(token_id, 1 - rank / 100) for rank, token_id in enumerate(range(97, 97 + num_nearest))]
         rows = [InspectedRow(float(index), nearest) for index in range(soft_prompt.num_virtual_tokens)]
         return Inspection(rows=rows, vocabulary_norm_mean=1.5, vocabulary_norm_std=0.25)
+
+    async def inspect_adapter(self, adapter: AdapterSource) -> AdapterInspection:
+        if self.inspect_failure is not None:
+            raise self.inspect_failure
+        assert Path(adapter.path).exists()  # noqa: ASYNC240 - the files are in memory
+        assert Path(adapter.config_path).exists()  # noqa: ASYNC240 - the files are in memory
+        self.inspected_adapters.append(adapter)
+        return AdapterInspection(
+            [
+                InspectedModule(name=name, rank=2, scale=0.5, frobenius_norm=1.0, spectral_norm=0.75, share=0.125)
+                for name in MODULES
+            ]
+        )
 
     async def start(self) -> None:
         while not self.start_gate.is_set():  # noqa: ASYNC110 - set by another thread

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from server.engine.types import GenerateRequest, SoftPromptSource
+from server.engine.types import AdapterSource, GenerateRequest, SoftPromptSource
 
 
 class FakeProbes:
@@ -14,12 +14,20 @@ class FakeProbes:
         self.probed: list[tuple[SoftPromptSource, list[int], int, str, float | None]] = []
         """Soft prompt, text, new tokens, tenant, seconds of waiting."""
         self.probe_failures: dict[int | None, Exception] = {}
-        """By task; None is of soft prompts that have none."""
+        """By task; None is of adapters, and of soft prompts that have no tasks."""
+        self.probed_adapters: list[AdapterSource] = []
 
     def try_out(self, request: GenerateRequest) -> None:
-        source, params = request.soft_prompt, request.params
-        assert source is not None
-        assert Path(source.path).exists()
-        self.probed.append((source, request.prompt_token_ids, params.max_tokens, request.salt, request.timeout))
-        if source.task_id in self.probe_failures:
-            raise self.probe_failures[source.task_id]
+        source, adapter, params = request.soft_prompt, request.adapter, request.params
+        if adapter is not None:
+            assert Path(adapter.path).exists()
+            assert Path(adapter.config_path).exists()
+            self.probed_adapters.append(adapter)
+        task_id = None
+        if source is not None:
+            assert Path(source.path).exists()
+            self.probed.append((source, request.prompt_token_ids, params.max_tokens, request.salt, request.timeout))
+            task_id = source.task_id
+        assert source or adapter
+        if task_id in self.probe_failures:
+            raise self.probe_failures[task_id]

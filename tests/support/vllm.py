@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import anyio
 import httpx
 import psutil
 import pytest
 from transformers import (
+    BloomConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -37,7 +39,7 @@ from tests.support.engine.harness import (
     make_family,
     random_text,
 )
-from tests.support.serving import BASE, serving, upload
+from tests.support.serving import serving
 
 PYTHON = os.environ.get("PRELUDE_VLLM_PYTHON", "")
 
@@ -47,6 +49,13 @@ needs_vllm = pytest.mark.skipif(
 
 # vLLM's attention on CPUs needs heads of at least 32.
 WIDE = {**SHAPE, "hidden_size": 64, "head_dim": 32}
+NARROW: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "initializer_range": 0.25,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
 WINDOWS = {**WIDE, **MIXED_WINDOWS, "head_dim": 32}
 VLLM_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**WIDE),
@@ -54,6 +63,11 @@ VLLM_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**WIDE),
     "gemma2": lambda: Gemma2Config(**{**WINDOWS, "tie_word_embeddings": True}, attn_logit_softcapping=2.0),
     "gemma3": lambda: Gemma3TextConfig(**WINDOWS),
+    "bloom": lambda: BloomConfig(hidden_size=128, n_layer=3, n_head=4, **NARROW),
+    "falcon_multi_query": lambda: FalconConfig(
+        hidden_size=128, num_hidden_layers=3, num_attention_heads=4, new_decoder_architecture=False, **NARROW
+    ),
+    "gptj": lambda: GPTJConfig(n_positions=CONTEXT, n_embd=128, n_layer=3, n_head=4, rotary_dim=16, **NARROW),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=CONTEXT,
@@ -90,14 +104,6 @@ def serving_vllm(folder: Path, *flags: str, model: Path = MODEL_DIRECTORY) -> It
         yield client, process
 
 
-def upload_all(client: httpx.Client, family: Family) -> None:
-    """Upload every soft prompt of a family under its key."""
-    for key, folder in family.peft_folders.items():
-        config, weights = (folder / "adapter_config.json").read_bytes(), folder / "adapter_model.safetensors"
-        response = upload(client, key, config, weights.read_bytes(), shared="true")
-        assert response.status_code == 201, response.text
-
-
 def questions(family: Family, count: int, seed: int = 0, longest: int = 60) -> list[Question]:
     """Requests for every soft prompt and the bare base in turn; the first texts have 1 and ``longest`` tokens."""
     rng = random.Random(seed)
@@ -105,33 +111,6 @@ def questions(family: Family, count: int, seed: int = 0, longest: int = 60) -> l
     texts = [random_text(rng, 1, 1), random_text(rng, longest, longest)]
     texts += [random_text(rng, 1, longest) for _ in range(count)]
     return [(keys[index % len(keys)], texts[index]) for index in range(count)]
-
-
-def body_of(question: Question, max_tokens: int, **fields: object) -> dict[str, object]:
-    """A greedy completion."""
-    key, text = question
-    model, _, task_id = (key or BASE).partition("/")
-    body: dict[str, object] = {"model": model, "prompt": text, "max_tokens": max_tokens, "temperature": 0}
-    body |= {"ignore_eos": True, "return_token_ids": True} | ({"task_id": int(task_id)} if task_id else {})
-    return body | fields
-
-
-async def answers(
-    url: httpx.URL, asked: Sequence[Question], max_tokens: int, headers: Mapping[str, str] | None = None
-) -> list[list[int]]:
-    """The token ids of greedy completions, all sent at once."""
-    found: dict[int, list[int]] = {}
-    async with httpx.AsyncClient(base_url=url, timeout=240, headers=headers) as http:
-
-        async def ask(index: int, question: Question) -> None:
-            response = await http.post("/v1/completions", json=body_of(question, max_tokens))
-            assert response.status_code == 200, response.text
-            found[index] = response.json()["choices"][0]["token_ids"]
-
-        async with anyio.create_task_group() as tasks:
-            for index, question in enumerate(asked):
-                tasks.start_soon(ask, index, question)
-    return [found[index] for index in range(len(asked))]
 
 
 def adapter_of(server: psutil.Process) -> psutil.Process:

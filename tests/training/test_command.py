@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,12 +16,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.client.commands import ExitStatus
-from server.demo.tour import MODEL_DIRECTORY
 from server.training import command
-from server.training.run import DEMO_DIRECTORY
+from server.training.command import seconds_left
 from server.training.scoring import CompletionScores
 from server.training.trainer import TrainingProgress
 from tests.training.conftest import Prelude, rows, write_rows
+
+TENSORBOARD_DIRECTORY = "TENSORBOARD_LOGGING_DIR"
 
 
 @pytest.fixture
@@ -34,6 +37,9 @@ def test_progress_and_result_are_printed(prelude_train: Prelude, tmp_path: Path)
 
     assert result.exit_code == 0, result.output
     assert all(line.startswith("prelude: ") for line in result.stderr.splitlines())  # no output of libraries
+    assert re.search(
+        r"prelude: 4 steps over \d+ rows, \d+ held out, on cpu: about \d:\d\d:\d\d at most\n", result.stderr
+    )
     assert "step 2 of 4: loss" in result.stderr
     assert "held out: loss" in result.stderr
     lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line}
@@ -93,7 +99,14 @@ def test_a_too_long_text_is_reported_by_line(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--method", "lora"], "'lora' is not one of"),
+        (["--method", "ia3"], "'ia3' is not one of"),
+        (["--method", "lora", "--rank", "0"], "--rank"),
+        (["--method", "lora", "--lora-alpha", "0"], "it must be a finite number above 0"),
+        (["--method", "lora", "--target-modules", " , "], "target_modules is empty"),
+        (["--method", "lora", "--target-modules", "all-linear,q_proj"], "cannot be used with names of modules"),
+        (["--method", "lora", "--target-modules", "q_proj,w_pack"], "the model has no module 'w_pack'; it has"),
+        (["--method", "lora", "--over", "other@1"], "over cannot be used with lora"),
+        (["--over", "Not A Name"], "over: "),
         (["--num-virtual-tokens", "0"], "--num-virtual-tokens"),
         (["--num-virtual-tokens", "96"], "the context has only 96 tokens"),
         (["--method", "cartridge", "--num-virtual-tokens", "1"], "nothing would be trained"),
@@ -101,6 +114,9 @@ def test_a_too_long_text_is_reported_by_line(
         (["--method", "p_tuning", "--init-text", "a"], "init_text cannot be used with p_tuning"),
         (["--id", "Not A Name"], "Not A Name"),
         (["--alias", "12"], "12"),
+        (["--search", "3", "--eval-fraction", "0"], "search needs held-out rows"),
+        (["--report-to", "paper"], "'paper' is not one of"),
+        (["--task-type", "token-cls"], "'token-cls' is not one of"),
         (["--monitor", "f1"], "'f1' is not one of"),
         (["--dtype", "int8"], "'int8' is not one of"),
         (["--eval-fraction", "0.9"], "--eval-fraction"),
@@ -131,6 +147,37 @@ def test_a_missing_model_is_an_error(prelude_train: Prelude, tmp_path: Path) -> 
     assert "Traceback" not in result.output
 
 
+def test_scores_are_reported_to_tensorboard(prelude_train: Prelude, tmp_path: Path) -> None:
+    result = prelude_train("--report-to", "tensorboard")
+
+    assert result.exit_code == 0, result.output
+    (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+    content = events.read_bytes()
+    for tag in (b"train/loss", b"train/learning_rate", b"eval/loss", b"eval/accuracy"):
+        assert tag in content, tag
+    assert TENSORBOARD_DIRECTORY not in os.environ
+
+
+def test_tensorboards_own_directory_takes_precedence(
+    prelude_train: Prelude, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TENSORBOARD_DIRECTORY, str(tmp_path / "elsewhere"))
+    assert prelude_train("--report-to", "tensorboard").exit_code == 0
+    assert list((tmp_path / "elsewhere").iterdir())
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_a_missing_tracker_is_reported_with_the_install_command(
+    prelude_train: Prelude, monkeypatch: pytest.MonkeyPatch, no_model: None
+) -> None:
+    own = find_spec
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "wandb" else own(name))
+    result = prelude_train("--report-to", "wandb")
+
+    assert result.exit_code == ExitStatus.USAGE
+    assert "report_to: wandb is not installed: pip install wandb" in result.stderr
+
+
 def test_a_missing_extra_is_reported_with_the_install_command(
     prelude_train: Prelude, monkeypatch: pytest.MonkeyPatch, no_model: None
 ) -> None:
@@ -148,7 +195,7 @@ def test_an_interrupted_training_prints_how_to_resume(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("server.training.run.make_soft_prompt", interrupt)
+    monkeypatch.setattr("server.training.run.make_peft_model", interrupt)
     result = prelude_train()
 
     assert result.exit_code == 130
@@ -158,7 +205,7 @@ def test_an_interrupted_training_prints_how_to_resume(
 def test_without_matplotlib_a_message_says_that_there_are_no_curves(
     prelude_train: Prelude, curves: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("server.training.curves.find_spec", lambda name: None)
+    monkeypatch.setattr("server.training.reporting.curves.find_spec", lambda name: None)
     result = prelude_train()
 
     assert result.exit_code == 0
@@ -190,5 +237,7 @@ def test_the_command_line_does_not_import_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_demo_is_the_embedded_model() -> None:
-    assert DEMO_DIRECTORY == MODEL_DIRECTORY
+def test_the_time_that_is_left_follows_from_the_steps_so_far() -> None:
+    assert seconds_left(10, 5.0, 20) == 10.0
+    assert seconds_left(0, 5.0, 20) is None  # the first step has just ended
+    assert seconds_left(10, 5.0, 0) is None

@@ -26,7 +26,7 @@ async def test_a_prompt_is_tokenised_as_the_server_does_it(encoder: Encoder, tok
     server.close()
 
     example = LabelledText("My lamp is great.", "positive", task_id=1, line=7)
-    assert encoder.encode(example) == Encoded(prompt, [*label, 0], 1, 7)
+    assert encoder.encode(example) == Encoded(prompt, [*label, 0], 1, line=7)
 
 
 def test_special_tokens_begin_the_prompt_and_never_the_completion(encoder: Encoder) -> None:

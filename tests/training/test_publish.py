@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,13 +28,14 @@ from server.datasets import digest
 from server.training import publish
 from server.training.encoding import Encoded, Encoder
 from server.training.errors import GoldenCheckError, SettingsError, TrainingError
-from server.training.peft_methods import make_soft_prompt
+from server.training.peft_methods import make_peft_model
 from server.training.publish import Difference, Publisher
 from server.training.run_directory import RunDirectory
 from server.training.scoring import text_logprobs
 from server.training.settings import Method
 from tests.support.serving import BASE, serving
 from tests.training.conftest import MakeSettings, Prelude, make_model, rows, write_rows
+from tests.training.test_lora import randomised
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +100,55 @@ def test_a_published_soft_prompt_gives_pefts_tokens(
         )
 
 
+@pytest.fixture(scope="module")
+def tone(server: httpx.Client, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter with random weights on the server, ``tone@1``; returns its files."""
+    folder = tmp_path_factory.mktemp("tone")
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    config = LoraConfig(r=3, target_modules=["q_proj", "down_proj", "lm_head"], task_type=TaskType.CAUSAL_LM)
+    randomised(get_peft_model(base, config)).save_pretrained(str(folder), save_embedding_layers=False)
+    with PreludeClient(str(server.base_url), api_key="writer") as client:
+        client.push(folder, name="tone", allow_other_base=True)
+    return folder
+
+
+@pytest.mark.parametrize("method", [Method.PROMPT_TUNING, Method.P_TUNING_V2])
+def test_a_soft_prompt_over_an_adapter_gives_pefts_tokens_over_the_merged_model(
+    push: Prelude, server: httpx.Client, method: Method, base: Any, tokenizer: Any, tone: Path
+) -> None:
+    name = f"over-{method.replace('_', '-')}"
+    result = push("--method", method, "--id", name, "--over", "tone", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+
+    version = server.get(f"/v1/prompts/{name}/versions/1").json()
+    assert version["over"] == report["over"] == "tone@1"
+    check = version["metadata"]["golden_check"]
+    assert check["is_passed"]
+    assert check["largest_difference"] < 1e-3
+    merged: Any = PeftModel.from_pretrained(base, str(tone)).merge_and_unload()  # the head is not tied
+    model = PeftModel.from_pretrained(merged, report["adapter"])
+    for prompt in ("call number 3 please", "great"):
+        assert served_tokens(server, f"{name}@candidate", prompt) == peft_tokens(model, tokenizer, prompt)
+
+
+def test_only_an_adapter_of_the_server_can_be_below(push: Prelude, tmp_path: Path, untrained: None) -> None:
+    missing = push("--id", "above", "--over", "none@1")
+    assert missing.exit_code == ExitStatus.NOT_FOUND
+    assert "none" in missing.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_that_the_server_refuses_is_an_error_before_training(
+    push: Prelude, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.training.run.SoftPromptTrainer", lambda *_, **__: pytest.fail("training began"))
+    result = push("--id", "huge", "--method", "lora", "--rank", "300")
+
+    assert result.exit_code == ExitStatus.INVALID
+    assert "rank_too_large" in result.stderr
+
+
 def test_lineage_and_the_check_are_in_the_catalog(
     push: Prelude, server: httpx.Client, data: Path, tmp_path: Path
 ) -> None:
@@ -114,6 +164,9 @@ def test_lineage_and_the_check_are_in_the_catalog(
     assert version["lineage"]["training_run"] == "run"
     assert version["lineage"]["scores"]["accuracy"] == report["scores"]["trained"]["accuracy"]
     assert version["lineage"]["scores"]["bare_loss"] == pytest.approx(report["scores"]["bare"]["loss"])
+    stated = json.loads((tmp_path / "run" / "adapter" / "prompt_format.json").read_text())
+    assert version["format"] == stated == report["format"]
+    assert (stated["type"], stated["separator"], stated["sampling"]["temperature"]) == ("raw", "\n", 0.0)
     check = version["metadata"]["golden_check"]
     assert check["is_passed"]
     assert check["largest_difference"] < check["tolerance"] == 1e-3
@@ -128,6 +181,14 @@ def test_lineage_and_the_check_are_in_the_catalog(
     names = [prompt["id"] for prompt in server.get("/v1/prompts?limit=100").json()["data"]]
     assert not any("golden" in name for name in names)
     assert server.get("/v1/prompts/lineage").json()["aliases"].get("canary") == 1
+    (run,) = server.get("/v1/runs?prompt_id=lineage").json()["data"]
+    assert (run["status"], run["version"], run["alias"], run["step"]) == ("completed", 1, "canary", report["steps"])
+    assert run["golden_check"] == check
+    assert run["scores"] == report["scores"]
+    assert str(tmp_path) not in json.dumps({key: run[key] for key in run if key != "base_model"} | {"settings": {}})
+    points = server.get(f"/v1/runs/{run['id']}/metrics").json()["data"]
+    assert [point["step"] for point in points] == list(range(1, report["steps"] + 1))
+    assert "eval_accuracy" in points[-1]["values"]
 
 
 def test_a_long_initial_text_is_truncated_and_many_labels_are_not_recorded(
@@ -159,6 +220,9 @@ def test_a_failing_check_publishes_nothing_and_gives_the_difference(
     assert "the log-probability of a token differs from PEFT's by 0.5 nats" in result.stderr
     assert server.get("/v1/prompts/failing").status_code == 404
     assert not json.loads((tmp_path / "run" / "golden_check.json").read_text())["is_passed"]
+    (run,) = server.get("/v1/runs?prompt_id=failing").json()["data"]
+    assert (run["status"], run["version"], run["golden_check"]["is_passed"]) == ("failed", None, False)
+    assert "golden check failed" in run["error"]
     names = [prompt["id"] for prompt in server.get("/v1/prompts?limit=100").json()["data"]]
     assert not any("golden" in name for name in names)
 
@@ -167,6 +231,9 @@ def test_a_failing_check_publishes_nothing_and_gives_the_difference(
     assert again.exit_code == 0, again.output
     assert "contains a completed training" in again.stderr
     assert server.get("/v1/prompts/failing").status_code == 200
+    (again_run,) = server.get("/v1/runs?prompt_id=failing").json()["data"]
+    assert (again_run["id"], again_run["status"], again_run["version"]) == (run["id"], "completed", 1)
+    assert again_run["error"] is None
 
 
 def test_a_wider_tolerance_can_be_configured(push: Prelude, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +257,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("training began")
 
-    monkeypatch.setattr("server.training.run.make_soft_prompt", refuse)
+    monkeypatch.setattr("server.training.run.make_peft_model", refuse)
 
 
 def test_a_server_with_other_weights_is_an_error_before_training(
@@ -337,7 +404,7 @@ def test_the_mean_difference_of_a_rounding_server_is_checked(
 
 def test_the_rounding_is_measured_with_the_soft_prompt(settings: MakeSettings, base: Any, tokenizer: Any) -> None:
     examples = [Encoded([31, 32, 33], [34, 0])]
-    model: Any = make_soft_prompt(base, tokenizer, settings(), text="Route", context=[], num_tasks=1)
+    model: Any = make_peft_model(base, tokenizer, settings(), text="Route", context=[], num_tasks=1)
     with torch.no_grad():
         model.prompt_encoder["default"].embedding.weight *= 20
     reference = [text_logprobs(model, example) for example in examples]

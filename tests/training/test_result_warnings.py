@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.training.result_warnings import result_warnings
+from server.training.reporting.result_warnings import result_warnings
 from server.training.scoring import CompletionScores
 from server.training.settings import Method
 

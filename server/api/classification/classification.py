@@ -10,9 +10,10 @@ from math import exp
 
 from prompt_store.types import PromptVersion, TaskType
 from server.api.inference.call import Call, RunningSequence
+from server.api.inference.pair import LeasedPair
 from server.api.inference.target import Target
 from server.api.inference.token_ids import check_token_ids
-from server.api.soft_prompts.engine_source import check_task, soft_prompt_source
+from server.api.soft_prompts.engine_source import called, check_task
 from server.api.task_group import task_group
 from server.engine.types import FinishReason, GenerateRequest, SamplingParams, TokenEvent
 from server.errors import ContextLengthError, EngineNotReadyError, InvalidRequestError
@@ -85,54 +86,55 @@ async def prepare(call: Call, inputs: Inputs) -> None:
     """
     await call.lease()
     model = call.services.engine.model
-    versions = [leased.version if leased else None for leased in call.leased]
-    _check_kinds(call.targets, versions)
-    for version in versions:
-        _check_labels(version, inputs.labels)
-        check_task(version, inputs.task_id)
+    _check_heads(call.targets, call.leased)
+    for pair in call.leased:
+        _check_labels(pair, inputs.labels)
+        check_task(next(iter(pair.versions), None), inputs.task_id)
         _check_texts(
             inputs,
-            num_virtual_tokens=version.num_virtual_tokens if version else 0,
+            num_virtual_tokens=pair.num_virtual_tokens,
             vocab_size=model.vocab_size,
             max_model_len=model.max_model_len,
         )
     num_label_tokens = sum(len(ids) for label in inputs.labels or () for ids in label.token_ids)
-    call.admit(inputs.texts, num_scored_tokens=num_label_tokens * len(versions))
+    call.admit(inputs.texts, num_scored_tokens=num_label_tokens * len(call.leased))
 
 
 async def score(call: Call, inputs: Inputs) -> list[list[Verdict]]:
     """Run a prepared classification. If one sequence fails, or the call is cancelled, all others are aborted.
 
     Returns:
-        For each soft prompt, the verdict on each text.
+        For each member, the verdict on each text.
 
     Raises:
         EngineError: If a sequence fails.
     """
-    sources = [soft_prompt_source(leased, inputs.task_id) if leased else None for leased in call.leased]
+    members = [pair.member(inputs.task_id) for pair in call.leased]
     request_id = uuid.uuid4().hex
     labels: Sequence[Label | None] = inputs.labels or [None]
     sequences = [
         call.sequence(
             GenerateRequest(
-                request_id=f"{request_id}-{member}-{index}-{rank}",
+                request_id=f"{request_id}-{position}-{index}-{rank}",
                 prompt_token_ids=text if label is None else text + label.token_ids[index],
                 params=_params(text, label),
-                soft_prompt=source,
+                soft_prompt=member.soft_prompt,
+                adapter=member.adapter,
                 salt=call.tenant,
                 priority=call.priority,
+                is_batch=call.is_batch,
                 timeout=call.max_wait,
             ),
             is_first_of_text=rank == 0,
         )
-        for member, source in enumerate(sources)
+        for position, member in enumerate(members)
         for index, text in enumerate(inputs.texts)
         for rank, label in enumerate(labels)
     ]
     async with task_group() as group:
         tasks = [group.create_task(_run(sequence)) for sequence in sequences]
     events = iter([task.result() for task in tasks])
-    return [[_verdict([next(events) for _ in labels], inputs) for _ in inputs.texts] for _ in sources]
+    return [[_verdict([next(events) for _ in labels], inputs) for _ in inputs.texts] for _ in members]
 
 
 async def _run(sequence: RunningSequence) -> TokenEvent:
@@ -162,31 +164,37 @@ def _label_score(event: TokenEvent) -> float:
     return sum(entry.logprob for entry in event.prompt_logprobs or () if entry is not None)
 
 
-def _has_head(version: PromptVersion | None) -> bool:
-    return version is not None and version.task_type == TaskType.SEQ_CLS
+def _heads(pair: LeasedPair) -> list[PromptVersion]:
+    return [version for version in pair.versions if version.task_type == TaskType.SEQ_CLS]
 
 
-def _check_kinds(targets: Sequence[Target], versions: Sequence[PromptVersion | None]) -> None:
-    """Reject a mix of heads, which give logits, and soft prompts that score labels: the results do not compare."""
-    heads = [_has_head(version) for version in versions]
+def _check_heads(targets: Sequence[Target], pairs: Sequence[LeasedPair]) -> None:
+    """Reject a pair with two heads, and a mix of heads, which give logits, and members that score labels."""
+    heads = [_heads(pair) for pair in pairs]
+    for target, own in zip(targets, heads, strict=True):
+        if len(own) > 1:
+            raise InvalidRequestError(
+                f"{target.param}: {called(own[0])} and {called(own[1])} both have a classification head; name one of "
+                "them alone",
+                param=target.param,
+            )
     if any(heads) and not all(heads):
-        param = targets[heads.index(False)].param
+        param = targets[heads.index([])].param
         raise InvalidRequestError(
-            f"{param}: the soft prompts of an ensemble must all have a head, or none of them",
+            f"{param}: the members of an ensemble must all have a head, or none of them",
             param=param,
         )
 
 
-def _check_labels(version: PromptVersion | None, labels: list[Label] | None) -> None:
-    has_head = _has_head(version)
-    if version is not None and has_head and labels is not None:
+def _check_labels(pair: LeasedPair, labels: list[Label] | None) -> None:
+    heads = _heads(pair)
+    if heads and labels is not None:
         raise InvalidRequestError(
-            f"labels: the soft prompt {version.name}@{version.version} has a head with "
-            f"{version.num_labels} labels; leave them out",
+            f"labels: {called(heads[0])} has a head with {heads[0].num_labels} labels; leave them out",
             param="labels",
         )
-    if not has_head and labels is None:
-        named = "the base model" if version is None else f"the soft prompt {version.name}@{version.version}"
+    if not heads and labels is None:
+        named = " with ".join(map(called, pair.versions)) or "the base model"
         raise InvalidRequestError(
             f"labels: {named} has no classification head: say which labels to choose from", param="labels"
         )

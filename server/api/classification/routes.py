@@ -5,30 +5,33 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 import msgspec
 from fastapi import APIRouter, Depends
 from msgspec import UNSET, Meta, UnsetType
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from prompt_store.files.adapter_config import read_config
-from prompt_store.types import CONFIG_FILE, LeasedPrompt
 from server.api.classification.classification import Inputs, Label, Verdict, check_tokens, prepare, score
-from server.api.generation.bodies import Priority, Prompts, TaskId, Timeout
+from server.api.generation.bodies import Priority, Prompts, ServiceTier, TaskId, Timeout, User
 from server.api.generation.known_fields import CLASSIFY, KnownFieldsBody, Refused
+from server.api.generation.prompt_text import format_to_apply, texts_in_format
 from server.api.generation.routes import tokenize_prompts
 from server.api.inference.call import Call
-from server.api.inference.ensemble import Combine, EnsembleBody, decide, name_of, targets_of
+from server.api.inference.ensemble import Combine, EnsembleBody, decide, targets_of
+from server.api.inference.entry import is_batch_tier
+from server.api.inference.pair import LeasedPair
 from server.api.inference.request_record import begin_record
 from server.api.inference.responses import Created, MemberName, ModelName, ObjectType, ResponseId, Usage
 from server.api.inference.target import Target
 from server.api.keys.callers import Scope, caller_of
 from server.api.operations import Operation, Quota
-from server.api.request_body import check_unicode
-from server.api.services import Services, ServicesDep, require_json, require_ready
+from server.api.request_body import check_unicode, require_json
+from server.api.services import Services, ServicesDep, require_ready
+from server.api.shadowing import Output
+from server.api.soft_prompts.head_labels import known_labels
 from server.continuations import Context
 from server.errors import InvalidRequestError
 
@@ -74,9 +77,25 @@ class ClassifyBody(EnsembleBody, KnownFieldsBody):
             "space or line end. Not allowed for soft prompts with a head (SEQ_CLS), required for all others."
         ),
     ] = None
-    add_special_tokens: bool = Field(True, description="Whether to add the tokenizer's special tokens.")
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Whether to add the tokenizer's special tokens; default: true, except for a chat template that "
+        "`apply_format` applies.",
+    )
+    apply_format: bool = Field(
+        False,
+        description="Put each text into the prompt format of the soft prompt, and its separator before each label.",
+    )
     priority: Priority = 0
     timeout: Timeout = None
+    service_tier: ServiceTier = None
+    user: User = None
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> Self:
+        if self.gives_each:
+            raise InvalidRequestError('ensemble: should be "vote" or "mean" for a classification', param="ensemble")
+        return self
 
 
 class MemberLabel(msgspec.Struct, kw_only=True):
@@ -150,15 +169,18 @@ async def classify(body: ClassifyBody, request: Request, services: ServicesDep) 
         min_new_tokens=len(targets) * len(body.input) * len(body.labels or ()),
         timeout=body.timeout,
         priority=body.priority,
+        is_batch=is_batch_tier(body.service_tier),
+        user=body.user,
     )
 
     async def answer() -> bytes:
-        texts, labels = await _tokenize(services, body)
+        texts, labels = await _tokenize(services, body, call)
         inputs = Inputs(texts=texts, labels=labels, task_id=body.task_id)
         await prepare(call, inputs)
-        names = [body.labels or await _label_names(services, leased) for leased in call.leased]
+        names = [body.labels or await _label_names(services, pair) for pair in call.leased]
         _check_same_labels(names, targets)
         verdicts = await score(call, inputs)
+        call.outputs = [Output(names[0][verdict.best], None) for verdict in verdicts[0]]
         reply = ClassifyReply(
             id=f"classify-{uuid.uuid4().hex}",
             created=int(time.time()),
@@ -179,7 +201,7 @@ def _data(body: ClassifyBody, names: list[list[str]], call: Call, verdicts: list
             _classified(index, names[0], verdict, is_by_head=body.labels is None)
             for index, (verdict,) in enumerate(of_inputs)
         ]
-    members = [name_of(leased) or call.services.base_name for leased in call.leased]
+    members = [pair.name or call.services.base_name for pair in call.leased]
     return [_combined(index, names, members, own, body.combine) for index, own in enumerate(of_inputs)]
 
 
@@ -188,7 +210,7 @@ def _check_same_labels(names: list[list[str]], targets: Sequence[Target]) -> Non
     for own, target in zip(names, targets, strict=True):
         if set(own) != set(names[0]):
             raise InvalidRequestError(
-                f"{target.param}: the heads of the soft prompts do not have the same labels", param=target.param
+                f"{target.param}: the heads of the members do not have the same labels", param=target.param
             )
 
 
@@ -231,19 +253,26 @@ def _classified(index: int, names: list[str], verdict: Verdict, *, is_by_head: b
     )
 
 
-async def _tokenize(services: Services, body: ClassifyBody) -> tuple[list[list[int]], list[Label] | None]:
+async def _tokenize(services: Services, body: ClassifyBody, call: Call) -> tuple[list[list[int]], list[Label] | None]:
     """The tokens of the inputs, and those of the labels after each input."""
-    tokenizer, names = services.tokenizer, body.labels
-    inputs = await tokenize_prompts(services, body.input, add_special_tokens=body.add_special_tokens, field="input")
+    tokenizer, names, sources, separator = services.tokenizer, body.labels, body.input, ""
+    adds = body.add_special_tokens is not False
+    if body.apply_format:
+        await call.lease()
+        prompt_format = format_to_apply(call.leased, services.base_name)
+        formatted = await texts_in_format(services, prompt_format, body.input, field="input")
+        sources, separator = [one.text for one in formatted], prompt_format.separator
+        if body.add_special_tokens is None:
+            adds = formatted[0].add_special_tokens
+    inputs = await tokenize_prompts(services, sources, add_special_tokens=adds, field="input")
     check_tokens(inputs, vocab_size=services.engine.model.vocab_size)
     if names is None:
         return inputs, None
     labels = [Label(name, []) for name in names]
-    for index, (text, token_ids) in enumerate(zip(body.input, inputs, strict=True)):
+    continuations = [separator + name for name in names]
+    for index, (text, token_ids) in enumerate(zip(sources, inputs, strict=True)):
         context = Context(token_ids, text if isinstance(text, str) else None)
-        inputs[index], found = await tokenizer.encode_labels(
-            context, names, add_special_tokens=body.add_special_tokens
-        )
+        inputs[index], found = await tokenizer.encode_labels(context, continuations, add_special_tokens=adds)
         _check_different(names, found)
         for label, own in zip(labels, found, strict=True):
             label.token_ids.append(own)
@@ -260,29 +289,10 @@ def _check_different(names: Sequence[str], found: Sequence[Sequence[int]]) -> No
             raise InvalidRequestError(f"labels: {other[:64]!r} and {name[:64]!r} are the same tokens", param="labels")
 
 
-async def _label_names(services: Services, leased: LeasedPrompt | None) -> list[str]:
-    """The names of a head's labels, from the version's metadata or its configuration file."""
+async def _label_names(services: Services, pair: LeasedPair) -> list[str]:
+    """The names of a head's labels."""
+    leased = pair.with_head
     if leased is None or leased.version.num_labels is None:
-        raise TypeError("only a soft prompt with a head has labels")
-    version, num_labels = leased.version, leased.version.num_labels
-    names = head_label_names(version.metadata, num_labels)
-    if names is None:
-        data = await services.store.read_file(version.name, version.version, CONFIG_FILE)
-        names = head_label_names(read_config(data), num_labels)
-    return names or [f"LABEL_{index}" for index in range(num_labels)]
-
-
-def head_label_names(source: Mapping[str, object], num_labels: int) -> list[str] | None:
-    """Names of a head's labels in a JSON object: ``labels`` (a list), or transformers' ``id2label``.
-
-    Returns:
-        One unique name per label, or None if the object does not have them.
-    """
-    names = source.get("labels")
-    by_id = source.get("id2label")
-    if names is None and isinstance(by_id, Mapping):
-        names = [by_id.get(str(index)) for index in range(num_labels)]
-    if not isinstance(names, list) or len(names) != num_labels:
-        return None
-    texts = [name for name in names if isinstance(name, str) and name]
-    return texts if len(set(texts)) == num_labels else None
+        raise TypeError("only a soft prompt or an adapter with a head has labels")
+    names = await known_labels(services.store, leased.version)
+    return names or [f"LABEL_{index}" for index in range(leased.version.num_labels)]

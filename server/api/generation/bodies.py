@@ -28,7 +28,7 @@ from server.api.generation.tools import (
     forced_constraint,
     shown_tools,
 )
-from server.api.inference.ensemble import EnsembleBody
+from server.api.inference.ensemble import MAX_MEMBERS, EnsembleBody
 from server.api.request_body import RequestBody, check_unicode
 from server.api.structured.guided import GuidedBody
 from server.api.structured.structured_outputs import ResponseFormat, StructuredOutputs
@@ -78,6 +78,17 @@ def _is_token_id(value: object) -> bool:
     return type(value) is int and 0 <= value < _INT64
 
 
+def _task_ids(value: object) -> int | list[int | None]:
+    """One task id, or one for each member."""
+    if _is_token_id(value):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, list):
+        raise ValueError("should be an integer from 0, or a list of them")
+    if len(value) > MAX_MEMBERS or not all(item is None or _is_token_id(item) for item in value):
+        raise ValueError(f"should have at most {MAX_MEMBERS} items, each an integer from 0 or null")
+    return value
+
+
 def _stop(value: object) -> list[str]:
     """One stop string or a list of them, as a list."""
     stop = [value] if isinstance(value, str) else value
@@ -115,13 +126,37 @@ Stop = Annotated[list[str], PlainValidator(_stop, json_schema_input_type=str | l
 LogitBias = Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=dict[str, float])]
 TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
 TaskId = Annotated[int | None, Field(ge=0, lt=_INT64, description="Task id of a multitask prompt, from 0.")]
+TaskIds = Annotated[
+    int | list[int | None] | None,
+    PlainValidator(_task_ids, json_schema_input_type=Annotated[int, Field(ge=0)] | list[int | None]),
+    Field(
+        description="Task id of a multitask prompt, from 0. With `ensemble: each`, also a list with the task of each "
+        "member, null for those without."
+    ),
+]
 Priority = Annotated[int, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY, description="Lower values are scheduled first.")]
+ServiceTier = Annotated[
+    str | None,
+    Field(
+        description="`batch` (or `flex`): served in what other requests leave, without the limit of the time in the "
+        "queue; all other values are the interactive tier."
+    ),
+]
 Timeout = Annotated[
     float | None,
     Field(
         gt=0.0,
         le=MAX_TIMEOUT_SECONDS,
         description="Maximum time in the queue, in seconds; then the request fails.",
+    ),
+]
+
+
+User = Annotated[
+    str | None,
+    Field(
+        description="Who the request is for. During a rollout, requests of one user are answered by one version; the "
+        "header `X-Prelude-Sticky-Key` comes first."
     ),
 ]
 
@@ -138,7 +173,7 @@ class GenerationBody(GuidedBody, KnownFieldsBody):
 
     unsupported: ClassVar[Mapping[str, Refused]] = EVERYWHERE
 
-    task_id: TaskId = None
+    task_id: TaskIds = None
     stream: bool = Field(False, description="Whether to stream the response as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Options of the stream; only with `stream`.")
     temperature: float = Field(
@@ -188,7 +223,12 @@ class GenerationBody(GuidedBody, KnownFieldsBody):
     skip_special_tokens: bool = Field(True, description="Whether to leave special tokens out of the text.")
     priority: Priority = 0
     timeout: Timeout = None
+    service_tier: ServiceTier = None
+    user: User = None
     return_token_ids: bool = Field(False, description="Add `token_ids` and `prompt_token_ids` to each choice.")
+    return_timings: bool = Field(
+        False, description="Add `timings` to each choice, and `step`, the engine's step, to each chunk of a stream."
+    )
     _constraint: tuple[str, Constraint] | None = PrivateAttr(None)
 
     @model_validator(mode="after")
@@ -209,6 +249,11 @@ class GenerationBody(GuidedBody, KnownFieldsBody):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options: only allowed with stream", param="stream_options")
         return self
+
+    @property
+    def single_task(self) -> int | None:
+        """The task of the request, unless each member has its own."""
+        return None if isinstance(self.task_id, list) else self.task_id
 
     @property
     def constraint(self) -> Constraint | None:
@@ -255,8 +300,38 @@ class GenerationBody(GuidedBody, KnownFieldsBody):
         """The field that contains the text."""
         return "prompt"
 
+    @property
+    def applies_format(self) -> bool:
+        """Whether the version's prompt format is applied, with its sampling defaults."""
+        return True
 
-class CompletionBody(EnsembleBody, GenerationBody):
+
+class MembersBody(EnsembleBody, GenerationBody):
+    """A request that several members may answer, each with choices of its own."""
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> Self:
+        if isinstance(self.task_id, list):
+            if not self.gives_each:
+                raise InvalidRequestError('task_id: a list requires "ensemble": "each"', param="task_id")
+            if len(self.task_id) != len(self.member_names):
+                raise InvalidRequestError(
+                    f"task_id: {len(self.task_id)} tasks for {len(self.member_names)} members", param="task_id"
+                )
+        return self
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether a name may stand there twice: with another task."""
+        return self.gives_each and isinstance(self.task_id, list)
+
+    @property
+    def tasks(self) -> list[int | None]:
+        """The task of each member."""
+        return self.task_id if isinstance(self.task_id, list) else [self.task_id] * len(self.member_names)
+
+
+class CompletionBody(MembersBody):
     """``POST /v1/completions``."""
 
     unsupported: ClassVar[Mapping[str, Refused]] = {**EVERYWHERE, **COMPLETIONS}
@@ -271,7 +346,14 @@ class CompletionBody(EnsembleBody, GenerationBody):
     logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="Number of most likely tokens to return per token."
     )
-    add_special_tokens: bool = Field(True, description="Whether to add the tokenizer's special tokens to the text.")
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Whether to add the tokenizer's special tokens to the text; default: true, except for a chat "
+        "template that `apply_format` applies.",
+    )
+    apply_format: bool = Field(
+        False, description="Put each text into the prompt format of the soft prompt, with its sampling defaults."
+    )
 
     @model_validator(mode="after")
     def _check_token_limit(self) -> Self:
@@ -281,7 +363,7 @@ class CompletionBody(EnsembleBody, GenerationBody):
 
     @model_validator(mode="after")
     def _check_ensemble(self) -> Self:
-        if not self.is_ensemble:
+        if not self.is_ensemble or self.gives_each:
             return self
         if self.combine == "mean":
             if self.echo and self.logprobs is not None:
@@ -292,7 +374,8 @@ class CompletionBody(EnsembleBody, GenerationBody):
         for name, is_set in (("stream", self.stream), ("n", self.n > 1), ("echo", self.echo)):
             if is_set:
                 raise InvalidRequestError(
-                    f'{name}: not allowed when several soft prompts vote; use "ensemble": "mean"', param=name
+                    f'{name}: not allowed when several soft prompts vote; use "ensemble": "mean" or "each"',
+                    param=name,
                 )
         return self
 
@@ -306,25 +389,38 @@ class CompletionBody(EnsembleBody, GenerationBody):
         """Whether choices begin with their prompt."""
         return self.echo
 
+    @property
+    def applies_format(self) -> bool:
+        """Whether the version's prompt format is applied, with its sampling defaults."""
+        return self.apply_format
 
-class ChatBody(TemplateOptions, GenerationBody):
+
+class ChatBody(TemplateOptions, MembersBody):
     """``POST /v1/chat/completions``."""
 
     unsupported: ClassVar[Mapping[str, Refused]] = {**EVERYWHERE, **CHAT}
 
-    model: str | None = Field(None, description="The base model, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...].")
-    prompt_id: str | None = Field(None, description="A soft prompt, if `model` is the base model or absent.")
     messages: Messages = Field(description="The conversation.")
     logprobs: bool = Field(False, description="Whether to return the log-probabilities of the new tokens.")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Only with `logprobs`.")
-    add_special_tokens: bool = Field(
-        False, description="Add special tokens; most chat templates already contain them."
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Add special tokens; default: false, because most chat templates contain them, but true for a "
+        "soft prompt with the format raw or template.",
     )
     tools: list[Tool] = Field(
         [], max_length=MAX_TOOLS, fail_fast=True, description="Functions that the model may call."
     )
     tool_choice: ToolChoice | None = Field(None, description="Default: `auto` if there are tools.")
     parallel_tool_calls: bool = Field(True, description="Whether an answer may contain several calls.")
+
+    @model_validator(mode="after")
+    def _check_each(self) -> Self:
+        if self.is_ensemble and not self.gives_each:
+            raise InvalidRequestError(
+                'ensemble: a chat with several members needs "ensemble": "each"', param="ensemble"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_tools(self) -> Self:

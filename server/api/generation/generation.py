@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from prompt_store.types import LeasedPrompt, PromptVersion, TaskType
+from prompt_store.formats import SamplingDefaults
+from prompt_store.types import PromptVersion, TaskType
 from server.api.generation.answer_text import AnswerText
 from server.api.generation.bodies import MAX_ECHOED_LOGPROBS, GenerationBody
-from server.api.generation.sampling_defaults import shorter_default, with_defaults
+from server.api.generation.merging import merged
+from server.api.generation.prompt_text import format_of
+from server.api.generation.sampling_defaults import shorter_default, under, with_defaults
 from server.api.inference.call import Call
 from server.api.inference.logprobs import ScoredToken
+from server.api.inference.pair import LeasedPair
+from server.api.inference.responses import ChoiceError, Timings
 from server.api.inference.target import Target
 from server.api.inference.token_ids import check_token_ids
-from server.api.soft_prompts.engine_source import check_task, soft_prompt_source
+from server.api.soft_prompts.engine_source import called, check_task
 from server.engine.types import FinishReason, GenerateRequest, SamplingParams
 from server.errors import ConstraintError, ContextLengthError, InvalidRequestError
 
@@ -32,6 +36,10 @@ class Delta:
         token_ids: New tokens, including those that show no text.
         finish_reason: ``stop`` or ``length`` in the choice's last delta, else None.
         scored: Logprobs of ``token_ids``, after those of an echoed prompt; None if the request has no logprobs.
+        model: The member that generates the choice, if each member has choices of its own.
+        step: The engine's step that computed the newest of ``token_ids``.
+        timings: The times of the choice, in its last delta.
+        error: Why the choice failed, if ``finish_reason`` is ``error``.
     """
 
     index: int
@@ -39,6 +47,10 @@ class Delta:
     token_ids: list[int]
     finish_reason: str | None
     scored: list[ScoredToken] | None = None
+    model: str | None = None
+    step: int | None = None
+    timings: Timings | None = None
+    error: ChoiceError | None = None
 
 
 async def prepare(
@@ -62,25 +74,26 @@ async def prepare(
         NotFoundError: If a soft prompt does not exist.
         RateLimitError: If the API key has too few tokens left.
     """
-    _check_tokens(prompts, body, vocab_size=call.services.engine.model.vocab_size)
-    _check_echo(prompts, body)
+    check_tokens(prompts, body, vocab_size=call.services.engine.model.vocab_size)
+    check_echo(prompts, body)
     await call.lease()
     for target, leased in zip(call.targets, call.leased, strict=True):
-        if leased is not None:
-            _check_generates(leased.version, target)
-        check_task(leased.version if leased else None, body.task_id)
+        for version in leased.versions:
+            check_generates(version, target)
+        check_task(next(iter(leased.versions), None), body.single_task)
     groups = [[leased] for leased in call.leased] if votes else [call.leased]
     generations = [
-        Generation(call, body, prompts, members, default_max_tokens=default_max_tokens) for members in groups
+        Generation(call, body, prompts, members, task_id=body.single_task, default_max_tokens=default_max_tokens)
+        for members in groups
     ]
     call.admit(prompts, num_new_tokens=sum(generation.max_new_tokens for generation in generations))
     return generations
 
 
 class Generation:
-    """The choices of one request, all with the same soft prompts.
+    """The choices of one request, all with the same members.
 
-    Choice j of prompt i is sequence ``i * n + j``. With several soft prompts each sequence is an ensemble, which
+    Choice j of prompt i is sequence ``i * n + j``. With several members each sequence is an ensemble, which
     draws its tokens from the mean of the members' distributions.
 
     Attributes:
@@ -92,8 +105,11 @@ class Generation:
         call: The request, with leases.
         body: Its fields.
         prompts: Text tokens of each prompt.
-        members: The soft prompts; None for the bare base.
+        members: The soft prompt, adapter or pair of each.
+        task_id: The task of all members.
         default_max_tokens: New tokens if the request sets no limit; None is the rest of the context.
+        first_index: Index of the first choice.
+        model: The member's name, to be repeated in each delta; None for none.
 
     Raises:
         InvalidRequestError: If a prompt or ``min_tokens`` does not fit, or there are too many members.
@@ -104,19 +120,24 @@ class Generation:
         call: Call,
         body: GenerationBody,
         prompts: list[list[int]],
-        members: Sequence[LeasedPrompt | None],
+        members: Sequence[LeasedPair],
         *,
+        task_id: int | None,
         default_max_tokens: int | None,
+        first_index: int = 0,
+        model: str | None = None,
     ) -> None:
         services = call.services
-        defaults, max_model_len = services.engine.model.generation_defaults, services.engine.model.max_model_len
-        num_virtual_tokens = max(leased.version.num_virtual_tokens if leased else 0 for leased in members)
+        engine_model = services.engine.model
+        sampling = _sampling_of(members, applies_format=body.applies_format)
+        defaults, max_model_len = under(sampling, engine_model.generation_defaults), engine_model.max_model_len
+        num_virtual_tokens = max(pair.num_virtual_tokens for pair in members)
         self._max_tokens = [
             _fit(
                 len(prompt),
                 num_virtual_tokens=num_virtual_tokens,
                 requested=body.token_limit,
-                default=shorter_default(default_max_tokens, defaults),
+                default=sampling.max_tokens or shorter_default(default_max_tokens, defaults),
                 max_model_len=max_model_len,
             )
             for prompt in prompts
@@ -139,12 +160,15 @@ class Generation:
         self.max_new_tokens = sum(self._max_tokens) * body.n
         self._call = call
         self._body = body
-        self._soft_prompts = [soft_prompt_source(leased, body.task_id) if leased else None for leased in members]
+        self._pair = members[0] if len(members) == 1 else None
+        self._members = [pair.member(task_id) for pair in members]
+        self._first_index = first_index
+        self._model = model
         self._id = uuid.uuid4().hex
 
     def prompt_of(self, index: int) -> list[int]:
         """The text tokens that a choice continues."""
-        return self.prompts[index // self._body.n]
+        return self.prompts[(index - self._first_index) // self._body.n]
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Yield the deltas of all choices as they arrive. Closing it early aborts all running sequences.
@@ -152,43 +176,21 @@ class Generation:
         Raises:
             EngineError: If one sequence fails; the others are aborted.
         """
-        if self.num_choices == 1:
-            async with aclosing(self._choice(0)) as deltas:
-                async for delta in deltas:
-                    yield delta
-            return
-        queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
-        # No TaskGroup: it would cancel the reader while this generator is suspended at a yield (PEP 789).
-        tasks = [asyncio.create_task(self._pump(index, queue)) for index in range(self.num_choices)]
-        try:
-            num_running = len(tasks)
-            while num_running:
-                item = await queue.get()
-                if item is None:
-                    num_running -= 1
-                elif isinstance(item, Exception):
-                    raise item
-                else:
-                    yield item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        choices = [self.choice(self._first_index + index) for index in range(self.num_choices)]
+        async with aclosing(merged(choices)) as deltas:
+            async for delta in deltas:
+                yield delta
 
-    async def _pump(self, index: int, queue: asyncio.Queue[Delta | Exception | None]) -> None:
-        try:
-            async with aclosing(self._choice(index)) as deltas:
-                async for delta in deltas:
-                    queue.put_nowait(delta)
-        except Exception as error:  # raised again by the reader of the queue
-            queue.put_nowait(error)
-        else:
-            queue.put_nowait(None)
+    async def choice(self, index: int) -> AsyncGenerator[Delta, None]:
+        """Yield the deltas of one choice. Closing it early aborts its sequence.
 
-    async def _choice(self, index: int) -> AsyncGenerator[Delta, None]:
+        Raises:
+            EngineError: If the sequence fails.
+        """
         body = self._body
         answer = AnswerText(self._call.services.tokenizer, body, self.prompt_of(index))
-        sequence = self._call.sequence(self._request(index), is_first_of_text=index % body.n == 0)
+        is_first_of_text = (index - self._first_index) % body.n == 0
+        sequence = self._call.sequence(self.request(index), is_first_of_text=is_first_of_text, pair=self._pair)
         is_first = True
         try:
             async with aclosing(sequence.events()) as events:
@@ -213,16 +215,21 @@ class Generation:
                     is_first = False
                     if reason is not None:
                         sequence.finish(reason)
-                    yield Delta(index, text, event.token_ids, reason, scored)
+                    timings = sequence.timings if reason is not None and body.return_timings else None
+                    yield Delta(index, text, event.token_ids, reason, scored, self._model, event.step, timings)
                     if reason is not None:
                         return
-        except ConstraintError as error:
+        except Exception as error:
+            sequence.fail()
+            if not isinstance(error, ConstraintError):
+                raise
             field = body.constraint_field
             raise ConstraintError(f"{field}: {error.message}", param=field) from error
 
-    def _request(self, index: int) -> GenerateRequest:
+    def request(self, index: int) -> GenerateRequest:
+        """The engine's request for a choice."""
         body = self._body
-        prompt, choice = divmod(index, body.n)
+        prompt, choice = divmod(index - self._first_index, body.n)
         params = SamplingParams(
             max_tokens=self._max_tokens[prompt],
             min_tokens=body.min_tokens,
@@ -234,24 +241,33 @@ class Generation:
             frequency_penalty=body.frequency_penalty,
             repetition_penalty=body.repetition_penalty,
             logit_bias=body.logit_bias,
-            logprobs=body.num_top_logprobs,
+            logprobs=_logprobs_for(self._call, body),
             prompt_logprobs=body.num_top_logprobs if body.echoes else None,
             seed=_seed_of(body.seed, choice),
             stop_token_ids=tuple(body.stop_token_ids),
             ignore_eos=body.ignore_eos,
             constraint=body.constraint,
         )
-        soft_prompt, *others = self._soft_prompts
+        first, *others = self._members
         return GenerateRequest(
             request_id=f"{self._id}-{index}",
             prompt_token_ids=self.prompts[prompt],
             params=params,
-            soft_prompt=soft_prompt,
+            soft_prompt=first.soft_prompt,
+            adapter=first.adapter,
             others=tuple(others),
             salt=self._call.tenant,
             priority=body.priority,
+            is_batch=self._call.is_batch,
             timeout=self._call.max_wait,
         )
+
+
+def _logprobs_for(call: Call, body: GenerationBody) -> int | None:
+    """The number of top log-probabilities to ask for; an answer that is compared with a shadow's needs its own."""
+    if body.num_top_logprobs is None and call.shadow is not None:
+        return 0
+    return body.num_top_logprobs
 
 
 def _seed_of(seed: int | None, choice: int) -> int | None:
@@ -261,7 +277,8 @@ def _seed_of(seed: int | None, choice: int) -> int | None:
     return int.from_bytes(blake2b(f"{seed}:{choice}".encode(), digest_size=7).digest(), "big")
 
 
-def _check_tokens(prompts: list[list[int]], body: GenerationBody, *, vocab_size: int) -> None:
+def check_tokens(prompts: list[list[int]], body: GenerationBody, *, vocab_size: int) -> None:
+    """Check that the prompts are not empty, and that all token ids of a request exist; InvalidRequestError if not."""
     for prompt in prompts:
         if not prompt:
             raise InvalidRequestError(
@@ -272,7 +289,8 @@ def _check_tokens(prompts: list[list[int]], body: GenerationBody, *, vocab_size:
     check_token_ids(body.logit_bias, vocab_size=vocab_size, param="logit_bias")
 
 
-def _check_echo(prompts: list[list[int]], body: GenerationBody) -> None:
+def check_echo(prompts: list[list[int]], body: GenerationBody) -> None:
+    """Check that the prompts of all members have not too many logprobs to echo; InvalidRequestError if they have."""
     if body.echoes and body.num_top_logprobs is not None:
         count = sum(map(len, prompts)) * body.n * (1 + body.num_top_logprobs)
         if count > MAX_ECHOED_LOGPROBS:
@@ -281,13 +299,20 @@ def _check_echo(prompts: list[list[int]], body: GenerationBody) -> None:
             )
 
 
-def _check_generates(version: PromptVersion, target: Target) -> None:
+def check_generates(version: PromptVersion, target: Target) -> None:
+    """Check that a version was trained to generate; InvalidRequestError if not."""
     if version.task_type != TaskType.CAUSAL_LM:
         raise InvalidRequestError(
-            f"{target.param}: the soft prompt {version.name}@{version.version} was trained for {version.task_type}, "
-            f"not for generation ({TaskType.CAUSAL_LM})",
+            f"{target.param}: {called(version)} was trained for {version.task_type}, not for generation "
+            f"({TaskType.CAUSAL_LM})",
             param=target.param,
         )
+
+
+def _sampling_of(members: Sequence[LeasedPair], *, applies_format: bool) -> SamplingDefaults:
+    """The sampling defaults of the version's format; those of an ensemble are the same."""
+    known = format_of(members[0].versions) if applies_format else None
+    return SamplingDefaults() if known is None else known.sampling
 
 
 def _fit(

@@ -34,6 +34,7 @@ class Refused:
 
 _STRUCTURE = "send structured_outputs"
 _SOFT_PROMPT = "name a soft prompt by model or prompt_id"
+_ADAPTER = "name an adapter by model or adapter_id"
 _TOOLS = "send tools and tool_choice"
 
 EVERYWHERE: dict[str, Refused] = {
@@ -94,20 +95,17 @@ EVERYWHERE: dict[str, Refused] = {
     "json_schema": Refused(instead="send response_format or structured_outputs"),
     "structural_tag": Refused(instead=_STRUCTURE),
     # Adapters, by other names.
-    "adapter_id": Refused(instead=_SOFT_PROMPT),
-    "lora_path": Refused(instead=_SOFT_PROMPT),
-    "lora_request": Refused(instead=_SOFT_PROMPT),
+    "lora_path": Refused((), _ADAPTER, "adapter_id"),
+    "lora_request": Refused(instead=_ADAPTER),
     "prompt_adapter_request": Refused(instead=_SOFT_PROMPT),
     # Contents of the response.
     "prompt_logprobs": Refused((False,), "send echo with logprobs"),
     "logprob_token_ids": Refused(instead="send logprobs"),
     "logprobs_mode": Refused(("raw_logprobs",)),
     "return_tokens_as_token_ids": Refused((False,), "send return_token_ids"),
-    "return_timings": Refused((False,)),
     "detokenize": Refused((True,), "send return_token_ids"),
     # The text.
     "prompt_embeds": Refused(instead="upload a soft prompt"),
-    "apply_format": Refused((False,)),
     # The Python client's name for additional fields.
     "extra_body": Refused(instead="send its fields at the top level"),
     # Between servers.
@@ -138,14 +136,12 @@ CHAT: dict[str, Refused] = {
     # With as many candidates as choices, there is nothing to select.
     "best_of": Refused((1,), "send n", "n"),
     "suffix": Refused(instead="use /v1/completions"),
+    "apply_format": Refused((True,), "chat always applies the format of a soft prompt"),
     "echo": Refused((False,), "send continue_final_message"),
     # Templates come only from the model: a template is a program.
     "chat_template": Refused(instead="send chat_template_kwargs"),
     "functions": Refused(instead=_TOOLS),
     "function_call": Refused(("none", "auto"), _TOOLS),
-    # Fields of completions and classification: if ignored, the bare base model would answer.
-    "prompt_ids": Refused(instead="use /v1/completions"),
-    "ensemble": Refused(instead="use /v1/completions"),
     "modalities": Refused((["text"],), "only text is supported"),
     "audio": Refused(instead="only text is supported"),
     "web_search_options": Refused(instead=_TOOLS),
@@ -172,7 +168,6 @@ _RENDERED = "of vLLM's render endpoints, and ignored by vLLM elsewhere"
 _MEDIA = "for images and audio, which are rejected"
 
 IGNORED: dict[str, str] = {
-    "user": _OPENAI_BOOKKEEPING,
     "safety_identifier": _OPENAI_BOOKKEEPING,
     "metadata": _OPENAI_BOOKKEEPING,
     "store": _OPENAI_BOOKKEEPING,
@@ -180,7 +175,6 @@ IGNORED: dict[str, str] = {
     "prompt_cache_retention": _SPEED,
     "cache_prompt": _SPEED,
     "prediction": _SPEED,
-    "service_tier": _SPEED,
     "stream_interval": _SPEED,
     "keep_alive": _SPEED,
     "guided_decoding_backend": _SPEED,

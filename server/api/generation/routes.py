@@ -12,21 +12,33 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
+from prompt_store.formats import PromptFormat
 from server.api.errors import ErrorReply, describe
-from server.api.generation.bodies import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody
-from server.api.generation.generation import Generation, prepare
+from server.api.generation.bodies import (
+    DEFAULT_COMPLETION_TOKENS,
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    MembersBody,
+)
+from server.api.generation.each import prepare_each
+from server.api.generation.generation import prepare
+from server.api.generation.prompt_text import format_of, format_to_apply, text_of_conversation, texts_in_format
 from server.api.generation.voting import vote
-from server.api.generation.writers import ChatWriter, CompletionWriter, Writer, collect
+from server.api.generation.writers import ChatWriter, Choices, CompletionWriter, Writer, collect
 from server.api.http.sse import DONE, EventStream, event
 from server.api.inference.call import Call
-from server.api.inference.ensemble import targets_of
+from server.api.inference.ensemble import targets_of, targets_of_each
+from server.api.inference.entry import is_batch_tier
+from server.api.inference.member_faults import MemberFaults
+from server.api.inference.pair import LeasedPair
 from server.api.inference.request_record import RequestRecord, begin_record
 from server.api.inference.responses import ChatCompletion, ChatCompletionChunk, Completion
-from server.api.inference.target import Target, resolve
+from server.api.inference.target import Target
 from server.api.keys.callers import Scope, caller_of
 from server.api.operations import Operation, Quota
-from server.api.services import Services, ServicesDep, require_json, require_ready
-from server.errors import InvalidRequestError
+from server.api.request_body import require_json
+from server.api.services import Services, ServicesDep, require_ready
 
 router = APIRouter(prefix="/v1", tags=["generation"], dependencies=[Depends(require_ready), Depends(require_json)])
 
@@ -38,8 +50,7 @@ class _Answer:
     call: Call
     body: GenerationBody
     writer: Writer
-    tokenize: Callable[[], Awaitable[list[list[int]]]]
-    default_max_tokens: int | None
+    prepare: Callable[[], Awaitable[Choices]]
 
     async def respond(self) -> Response:
         """Respond with JSON or a stream; a disconnect aborts the work within one step."""
@@ -52,20 +63,15 @@ class _Answer:
             stall_seconds=self.call.services.settings.http.stall_timeout,
         )
 
-    async def _generation(self) -> Generation:
-        prompts = await self.tokenize()
-        (generation,) = await prepare(self.call, self.body, prompts, default_max_tokens=self.default_max_tokens)
-        return generation
-
     async def _json(self) -> bytes:
-        choices = await collect(await self._generation())
+        choices = await collect(await self.prepare())
         return msgspec.json.encode(self.writer.answer(choices, self.call.usage))
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         """Generate server-sent events."""
         body, call, writer = self.body, self.call, self.writer
         async with call:
-            generation = await self._generation()
+            generation = await self.prepare()
             async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
                     # OpenAI: with include_usage, every chunk but the last has a usage of null.
@@ -92,10 +98,10 @@ def _call(
     targets: Sequence[Target],
     texts: Sequence[str] | Sequence[list[int]],
     *,
-    votes: bool = False,
+    is_separate: bool = False,
 ) -> Call:
-    """The call of a generation request; with votes, each member generates a separate text."""
-    num_sequences = len(texts) * body.n * (len(targets) if votes else 1)
+    """The call of a generation request; each member generates separate texts if ``is_separate``."""
+    num_sequences = len(texts) * body.n * (len(targets) if is_separate else 1)
     return Call(
         services=services,
         request=request,
@@ -104,12 +110,34 @@ def _call(
         texts=texts,
         text_field=body.text_field,
         num_sequences=num_sequences,
-        members_per_sequence=1 if votes else len(targets),
+        members_per_sequence=1 if is_separate else len(targets),
         count_field="n" if body.n > 1 else "prompt",
         min_new_tokens=num_sequences * (1 if body.token_limit is None else body.token_limit),
         timeout=body.timeout,
         priority=body.priority,
+        is_batch=is_batch_tier(body.service_tier),
+        user=body.user,
     )
+
+
+def _targets_of(services: Services, request: Request, body: MembersBody, faults: MemberFaults) -> list[Target]:
+    base_name, access = services.base_name, caller_of(request).access
+    if body.gives_each:
+        return targets_of_each(body, base_name=base_name, access=access, faults=faults)
+    return targets_of(body, base_name=base_name, access=access)
+
+
+class _OncePerFormat:
+    """Tokenises a request once for each format of its members."""
+
+    def __init__(self, tokenize: Callable[[PromptFormat | None], Awaitable[list[list[int]]]]) -> None:
+        self._tokenize = tokenize
+        self._known: dict[PromptFormat | None, list[list[int]]] = {}
+
+    async def __call__(self, prompt_format: PromptFormat | None) -> list[list[int]]:
+        if prompt_format not in self._known:
+            self._known[prompt_format] = await self._tokenize(prompt_format)
+        return self._known[prompt_format]
 
 
 async def tokenize_prompts(
@@ -127,6 +155,25 @@ async def tokenize_prompts(
     return [prompt for prompt in prompts if not isinstance(prompt, str)]
 
 
+async def tokenize_formatted(
+    services: Services,
+    prompt_format: PromptFormat,
+    texts: list[str] | list[list[int]],
+    add_special_tokens: bool | None,
+    *,
+    field: str,
+) -> list[list[int]]:
+    """Tokenise texts in a version's format; ``add_special_tokens`` of None is the format's own.
+
+    Raises:
+        InvalidRequestError: If there are token ids instead of texts, or a text cannot be formatted.
+        ContextLengthError: If a text is far over the context.
+    """
+    prompts = await texts_in_format(services, prompt_format, texts, field=field)
+    adds = prompts[0].add_special_tokens if add_special_tokens is None else add_special_tokens
+    return await tokenize_prompts(services, [prompt.text for prompt in prompts], add_special_tokens=adds, field=field)
+
+
 @router.post("/completions", response_class=Response)
 @Operation(
     scopes={Scope.GENERATE},
@@ -141,28 +188,51 @@ async def tokenize_prompts(
 async def create_completion(body: CompletionBody, request: Request, services: ServicesDep) -> Response:
     """Complete one or more prompts, given as text or token ids."""
     record = begin_record(request, services, model=body.model_text, text=lambda: body.prompt)
-    targets = targets_of(body, base_name=services.base_name, access=caller_of(request).access)
-    votes = body.is_ensemble and body.combine == "vote"
-    call = _call(services, request, record, body, targets, body.prompt, votes=votes)
+    faults = MemberFaults(body.member_field, body.member_names)
+    targets = _targets_of(services, request, body, faults)
+    votes = body.is_ensemble and not body.gives_each and body.combine == "vote"
+    call = _call(services, request, record, body, targets, body.prompt, is_separate=votes or body.gives_each)
     writer = CompletionWriter(
         body.model_text or services.base_name,
         with_token_ids=body.return_token_ids,
+        with_steps=body.return_timings,
         num_top=body.num_top_logprobs,
         token_bytes=services.tokenizer.token_bytes,
     )
 
+    async def in_format(prompt_format: PromptFormat | None) -> list[list[int]]:
+        if prompt_format is None:
+            adds = body.add_special_tokens is not False
+            return await tokenize_prompts(services, body.prompt, add_special_tokens=adds)
+        return await tokenize_formatted(services, prompt_format, body.prompt, body.add_special_tokens, field="prompt")
+
+    def format_for(leased: Sequence[LeasedPair]) -> PromptFormat | None:
+        return format_to_apply(leased, services.base_name) if body.apply_format else None
+
     async def tokenize() -> list[list[int]]:
-        return await tokenize_prompts(services, body.prompt, add_special_tokens=body.add_special_tokens)
+        if body.apply_format:
+            await call.lease()
+        return await in_format(format_for(call.leased))
+
+    async def choices() -> Choices:
+        if body.gives_each:
+            once = _OncePerFormat(in_format)
+            return await prepare_each(
+                call,
+                body,
+                lambda pair: once(format_for([pair])),
+                faults,
+                default_max_tokens=DEFAULT_COMPLETION_TOKENS,
+            )
+        (generation,) = await prepare(call, body, await tokenize(), default_max_tokens=DEFAULT_COMPLETION_TOKENS)
+        return generation
 
     async def elected() -> bytes:
         return msgspec.json.encode(await vote(call, body, await tokenize(), writer))
 
     if votes:
         return await call.respond(elected)
-    answer = _Answer(
-        call=call, body=body, writer=writer, tokenize=tokenize, default_max_tokens=DEFAULT_COMPLETION_TOKENS
-    )
-    return await answer.respond()
+    return await _Answer(call=call, body=body, writer=writer, prepare=choices).respond()
 
 
 @router.post("/chat/completions", response_class=Response)
@@ -176,40 +246,46 @@ async def create_completion(body: CompletionBody, request: Request, services: Se
     event=ChatCompletionChunk,
 )
 async def create_chat_completion(body: ChatBody, request: Request, services: ServicesDep) -> Response:
-    """Answer a conversation formatted by the model's chat template."""
-    if not services.tokenizer.has_chat_template:
-        raise InvalidRequestError(
-            "this model has no chat template: use /v1/completions, or serve a chat model",
-            param="messages",
-        )
+    """Answer a conversation in the soft prompt's format; without one, by the model's chat template."""
     record = begin_record(
-        request, services, model=body.model, text=lambda: [message.turn for message in body.messages]
+        request, services, model=body.model_text, text=lambda: [message.turn for message in body.messages]
     )
-    target = resolve(body.model, body.prompt_id, base_name=services.base_name, access=caller_of(request).access)
+    faults = MemberFaults(body.member_field, body.member_names)
+    targets = _targets_of(services, request, body, faults)
     texts = ["".join(message.content or "" for message in body.messages)]
     writer = ChatWriter(
-        target.model,
+        body.model_text or services.base_name if body.gives_each else targets[0].model,
         with_token_ids=body.return_token_ids,
+        with_steps=body.return_timings,
         num_top=body.num_top_logprobs,
         token_bytes=services.tokenizer.token_bytes,
         make_reader=body.make_reader,
     )
 
-    async def tokenize() -> list[list[int]]:
-        text = await services.tokenizer.render_chat(
-            [message.turn for message in body.messages],
+    call = _call(services, request, record, body, targets, texts, is_separate=body.gives_each)
+
+    async def in_format(prompt_format: PromptFormat | None) -> list[list[int]]:
+        prompt = await text_of_conversation(
+            services,
+            prompt_format,
+            body.messages,
+            options=body,
             tools=body.shown_tools,
             # A forced call is valid even if the template does not show the tools to the model.
             needs_tools=body.constraint_field != "tools",
-            options=body.template_options,
         )
-        return await tokenize_prompts(services, [text], add_special_tokens=body.add_special_tokens, field="messages")
+        adds = prompt.add_special_tokens if body.add_special_tokens is None else body.add_special_tokens
+        return await tokenize_prompts(services, [prompt.text], add_special_tokens=adds, field="messages")
 
-    answer = _Answer(
-        call=_call(services, request, record, body, [target], texts),
-        body=body,
-        writer=writer,
-        tokenize=tokenize,
-        default_max_tokens=None,
-    )
-    return await answer.respond()
+    async def choices() -> Choices:
+        if body.gives_each:
+            once = _OncePerFormat(in_format)
+            return await prepare_each(
+                call, body, lambda pair: once(format_of(pair.versions)), faults, default_max_tokens=None
+            )
+        await call.lease()  # the version says how it is asked
+        prompts = await in_format(format_of(call.leased[0].versions))
+        (generation,) = await prepare(call, body, prompts, default_max_tokens=None)
+        return generation
+
+    return await _Answer(call=call, body=body, writer=writer, prepare=choices).respond()

@@ -1,9 +1,12 @@
-"""Default values of request fields: those of the checkpoint take precedence over those of the API."""
+"""Default values of request fields: a version's format comes first, then the checkpoint, then the API."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
+import msgspec
+
+from prompt_store.formats import SamplingDefaults
 from server.api.generation.bodies import GenerationBody
 from server.engine.generation_defaults import GenerationDefaults
 
@@ -30,6 +33,12 @@ def with_defaults(body: Body, defaults: GenerationDefaults, *, room: int) -> Bod
     if "stop" in own:
         own["stop"] = list(defaults.stop or ())
     return body.model_copy(update=own) if own else body
+
+
+def under(sampling: SamplingDefaults, defaults: GenerationDefaults) -> GenerationDefaults:
+    """The defaults of a checkpoint, replaced by those of a version's format."""
+    own = {"temperature": sampling.temperature, "stop": sampling.stop}
+    return msgspec.structs.replace(defaults, **{name: value for name, value in own.items() if value is not None})
 
 
 def default_fields(defaults: GenerationDefaults) -> dict[str, float | int | list[str]]:

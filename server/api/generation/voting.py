@@ -11,7 +11,7 @@ from server.api.generation.bodies import DEFAULT_COMPLETION_TOKENS, CompletionBo
 from server.api.generation.generation import prepare
 from server.api.generation.writers import ChoiceText, CompletionWriter, collect
 from server.api.inference.call import Call
-from server.api.inference.ensemble import elect, name_of
+from server.api.inference.ensemble import elect
 from server.api.inference.responses import Completion, MemberText
 from server.api.task_group import task_group
 
@@ -27,7 +27,7 @@ async def vote(call: Call, body: CompletionBody, prompts: list[list[int]], write
     generations = await prepare(call, member_body, prompts, default_max_tokens=DEFAULT_COMPLETION_TOKENS, votes=True)
     async with task_group() as group:
         tasks = [group.create_task(collect(generation)) for generation in generations]
-    members = [name_of(leased) or call.services.base_name for leased in call.leased]
+    members = [pair.name or call.services.base_name for pair in call.leased]
     winners, found = [], []
     for choices in zip(*(task.result() for task in tasks), strict=True):
         texts = ["".join(choice.pieces) for choice in choices]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
+from typing import Any
 
 import msgspec
 from starlette.responses import Response
@@ -28,6 +29,13 @@ _encoder = msgspec.json.Encoder()
 def event(payload: msgspec.Struct) -> bytes:
     """One event with a JSON payload."""
     return b"data: " + _encoder.encode(payload) + b"\n\n"
+
+
+def named_events(description: str) -> dict[str, Any]:
+    """The content of a response in OpenAPI: events with a name and JSON."""
+    properties = {"event": {"type": "string"}, "data": {"type": "string", "contentMediaType": "application/json"}}
+    schema = {"type": "object", "description": description, "required": ["data"], "properties": properties}
+    return {EventStream.media_type: {"schema": schema}}
 
 
 class EventStream(Response):

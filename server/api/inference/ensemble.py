@@ -1,4 +1,4 @@
-"""Ensembles: the soft prompts named by a request, and the combination of their answers.
+"""Ensembles: the soft prompts, adapters and pairs named by a request, and the combination of their answers.
 
 Prompt ensembling is from Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning": soft prompts
 trained on the same task vote, with one model in memory and one batch.
@@ -13,25 +13,37 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PlainValidator, model_validator
 
-from prompt_store.types import Access, LeasedPrompt
-from server.api.inference.target import Target, resolve
+from prompt_store.types import Access
+from server.api.inference.member_faults import FAULTS, MemberFaults
+from server.api.inference.pair import LeasedPair
+from server.api.inference.target import ADAPTER_FIELD, Target, resolve
 from server.api.request_body import RequestBody, check_unicode
 from server.errors import InvalidRequestError
 
 MAX_MEMBERS = 16
 
 Combine = Literal["vote", "mean"]
+EnsembleMode = Literal["vote", "mean", "each"]
 
-_NameList = Annotated[list[str], Field(min_length=2, max_length=MAX_MEMBERS, json_schema_extra={"uniqueItems": True})]
+PromptIdField = Annotated[
+    str | None,
+    Field(
+        description="A soft prompt or an adapter, or one of each with `+` between, if `model` is the base model or "
+        "absent."
+    ),
+]
+AdapterIdField = Annotated[
+    str | None, Field(description="An adapter, alone or beside the soft prompt that `model` or `prompt_id` names.")
+]
+
+_NameList = Annotated[list[str], Field(min_length=2, max_length=MAX_MEMBERS)]
 
 
 def _names(value: object) -> list[str]:
     if isinstance(value, list) and not 2 <= len(value) <= MAX_MEMBERS:
-        raise ValueError(f"should name 2 to {MAX_MEMBERS} soft prompts, not {len(value)}")
+        raise ValueError(f"should name 2 to {MAX_MEMBERS} members, not {len(value)}")
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ValueError("should be a list of strings")
-    if len(set(value)) != len(value):
-        raise ValueError("should not name a soft prompt twice")
     check_unicode(value)
     return value
 
@@ -51,16 +63,24 @@ class EnsembleBody(RequestBody):
         str | list[str] | None,
         PlainValidator(_model, json_schema_input_type=str | _NameList),
         Field(
-            description="The base model, NAME, NAME@VERSION, NAME@ALIAS or BASE:NAME[@...]; a list is an ensemble."
+            description="The base model, a soft prompt or an adapter (NAME, NAME@VERSION, NAME@ALIAS or "
+            "BASE:NAME[@...]), or one of each with `+` between; a list is an ensemble."
         ),
     ] = None
-    prompt_id: str | None = Field(None, description="A soft prompt, if `model` is the base model or absent.")
+    prompt_id: PromptIdField = None
+    adapter_id: AdapterIdField = None
     prompt_ids: Annotated[
         list[str] | None,
         PlainValidator(_names, json_schema_input_type=_NameList),
-        Field(description="The soft prompts of an ensemble, if `model` is the base model or absent."),
+        Field(
+            description="The members of an ensemble, each as in `prompt_id`, if `model` is the base model or absent."
+        ),
     ] = None
-    ensemble: Combine | None = Field(None, description="How to combine an ensemble's answers; default: `vote`.")
+    ensemble: EnsembleMode | None = Field(
+        None,
+        description="How to combine an ensemble's answers; default: `vote`. `each`: not at all, every member answers "
+        "in choices of its own.",
+    )
 
     @model_validator(mode="after")
     def _check_members(self) -> Self:
@@ -69,12 +89,35 @@ class EnsembleBody(RequestBody):
             raise InvalidRequestError("prompt_ids: cannot be combined with a list in model", param="prompt_ids")
         if several and self.prompt_id is not None:
             raise InvalidRequestError(f"prompt_id: cannot be combined with {several[0]}", param="prompt_id")
+        if several and self.adapter_id is not None:
+            raise InvalidRequestError(
+                f"{ADAPTER_FIELD}: cannot be combined with an ensemble: name pairs in {several[0]}, as NAME+ADAPTER",
+                param=ADAPTER_FIELD,
+            )
+        names = self.member_names
+        if len(set(names)) != len(names) and not self.may_repeat:
+            raise InvalidRequestError(f"{several[0]}: should not name a member twice", param=several[0])
         if self.ensemble is not None and not several:
             raise InvalidRequestError(
-                "ensemble: requires several soft prompts: give a list in model, or prompt_ids",
+                "ensemble: requires several members: give a list in model, or prompt_ids",
                 param="ensemble",
             )
         return self
+
+    @property
+    def member_names(self) -> list[str]:
+        """The members as the request names them; empty if it names no ensemble."""
+        return self.model if isinstance(self.model, list) else self.prompt_ids or []
+
+    @property
+    def member_field(self) -> str:
+        """The field that lists the members."""
+        return "model" if self.prompt_ids is None else "prompt_ids"
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether a name may stand there twice."""
+        return False
 
     @property
     def is_ensemble(self) -> bool:
@@ -83,8 +126,13 @@ class EnsembleBody(RequestBody):
 
     @property
     def combine(self) -> Combine:
-        """How the answers are combined."""
-        return self.ensemble or "vote"
+        """How the answers are combined, unless each is given."""
+        return "mean" if self.ensemble == "mean" else "vote"
+
+    @property
+    def gives_each(self) -> bool:
+        """Whether every member answers in choices of its own."""
+        return self.ensemble == "each"
 
     @property
     def model_text(self) -> str | None:
@@ -97,33 +145,42 @@ def targets_of(body: EnsembleBody, *, base_name: str, access: Access) -> list[Ta
 
     Raises:
         ModelNotFoundError: If a name in ``model`` is not valid.
-        InvalidRequestError: If an id is not well formed, or two fields name a soft prompt.
+        InvalidRequestError: If an id is not well formed, or the fields do not go together.
     """
     if isinstance(body.model, list):
         return [resolve(name, None, base_name=base_name, access=access) for name in body.model]
     if body.prompt_ids is None:
-        return [resolve(body.model, body.prompt_id, base_name=base_name, access=access)]
+        return [resolve(body.model, body.prompt_id, body.adapter_id, base_name=base_name, access=access)]
     return [
         resolve(body.model, name, base_name=base_name, access=access, param="prompt_ids") for name in body.prompt_ids
     ]
 
 
-def check_different(targets: Sequence[Target], leased: Sequence[LeasedPrompt | None]) -> None:
-    """Reject an ensemble with the same version twice, under any names.
+def targets_of_each(body: EnsembleBody, *, base_name: str, access: Access, faults: MemberFaults) -> list[Target]:
+    """The targets of all members; that of a name which is not valid is the base, with a fault."""
+    model, param = (None, "model") if body.prompt_ids is None else (body.model_text, "prompt_ids")
+    targets = []
+    for index, name in enumerate(body.member_names):
+        try:
+            given = (name, None) if body.prompt_ids is None else (model, name)
+            targets.append(resolve(*given, base_name=base_name, access=access, param=param))
+        except FAULTS as error:
+            faults.add(index, error)
+            targets.append(Target(base_name, access))
+    return targets
+
+
+def check_different(targets: Sequence[Target], leased: Sequence[LeasedPair]) -> None:
+    """Reject an ensemble with the same versions twice, under any names.
 
     Raises:
         InvalidRequestError: If there is one; the message names the field and the version.
     """
-    names = [name_of(prompt) for prompt in leased]
+    names = [pair.name for pair in leased]
     for target, name in zip(targets, names, strict=True):
         if names.count(name) > 1:
             what = "the base model" if name is None else name
             raise InvalidRequestError(f"{target.param}: {what} is named twice", param=target.param)
-
-
-def name_of(leased: LeasedPrompt | None) -> str | None:
-    """``NAME@VERSION``, or None for the bare base."""
-    return None if leased is None else f"{leased.version.name}@{leased.version.version}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from server.api.operations import Quota, matched
 from server.api.services import Services
 from server.errors import ContextLengthError, PayloadTooLargeError, RateLimitError
 from server.fair_work import Work, current_work, working_for
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 
 MOST_CHARS_PER_TOKEN = 128
 """Limit for one text: the longest tokens of known vocabularies are runs of this many spaces."""
@@ -160,3 +160,8 @@ def check_size(services: Services, prompts: Sequence[str] | Sequence[list[int]],
             "send several requests",
             param=field,
         )
+
+
+def is_batch_tier(service_tier: str | None) -> bool:
+    """Whether a request's ``service_tier`` is ``batch``; OpenAI's ``flex`` is the same. Others are interactive."""
+    return service_tier in ("batch", "flex")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
 from starlette.requests import Request
 
+from prompt_store.types import PromptKind, PromptVersion
 from server.api.errors import ErrorReply, describe
 from server.api.inference.responses import Usage
 from server.api.operations import matched
 from server.api.services import Services
 from server.logs import FIELDS
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +35,19 @@ class RequestRecord:
         method: HTTP method.
         path: Path without the query.
         tenant: Tenant of its API key; None if there are no keys.
+        key: The API key in records, which does not reveal it.
+        key_name: The name of the key in the key file.
         status: HTTP status; None if the client disconnected before the response began.
         error: The ``code`` of the error reply.
         operation: ``text_completion``, ``chat`` or ``classify``.
         model: The field ``model``, truncated, or the base's name.
         prompt: The soft prompt's name.
-        version: The version that served it.
+        version: The version that served it, or that a change is about.
+        alias: The alias that a change is about.
+        change: For a change of a soft prompt, what was done, as in the history.
+        reason: The reason that was given for the change.
+        adapter: The adapter's name.
+        adapter_version: The adapter's version that served it.
         outcome: For an admitted request: stop, length, abort or error, as in the metrics.
         prompt_tokens: Text tokens of all prompts.
         cached_tokens: The number of them found in the prefix cache.
@@ -62,12 +70,19 @@ class RequestRecord:
     method: str
     path: str
     tenant: str | None = None
+    key: str | None = None
+    key_name: str | None = None
     status: int | None = None
     error: str | None = None
     operation: str | None = None
     model: str | None = None
     prompt: str | None = None
     version: int | None = None
+    alias: str | None = None
+    change: str | None = None
+    reason: str | None = None
+    adapter: str | None = None
+    adapter_version: int | None = None
     outcome: str | None = None
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
@@ -96,12 +111,30 @@ class RequestRecord:
         self.error = reply.code
         return reply
 
+    def served_by(self, versions: Iterable[PromptVersion]) -> None:
+        """Record the soft prompt and the adapter that answer."""
+        for version in versions:
+            if version.kind is PromptKind.ADAPTER:
+                self.adapter, self.adapter_version = version.name, version.version
+            else:
+                self.prompt, self.version = version.name, version.version
+
     def end(self, outcome: str, usage: Usage) -> None:
         """Record the result of an admitted request."""
         self.outcome = outcome
         self.prompt_tokens, self.completion_tokens = usage.prompt_tokens, usage.completion_tokens
         self.cached_tokens = usage.prompt_tokens_details.cached_tokens
         self.virtual_tokens = usage.prompt_tokens_details.virtual_tokens
+
+    @property
+    def described_change(self) -> str:
+        """What the request has changed and who sent it, for people; empty if it has changed nothing."""
+        if self.change is None:
+            return ""
+        version = "" if self.version is None else f"@{self.version}"
+        alias = "" if self.alias is None else f", alias {self.alias}"
+        by = f" by {self.key_name} ({self.key})" if self.key_name else f" by {self.key}" if self.key else ""
+        return f": {self.change} {self.prompt}{version}{alias}{by}"
 
     @property
     def fields(self) -> dict[str, object]:
@@ -150,12 +183,13 @@ def log_request(record: RequestRecord) -> None:
     """Log a finished request in one line."""
     logger.log(
         logging.DEBUG if record.is_polled else logging.INFO,
-        "%s %s %s in %.3f s, request %s",
+        "%s %s %s in %.3f s, request %s%s",
         record.method,
         record.path,
         record.status or "without an answer",
         record.total_seconds or 0.0,
         record.request_id,
+        record.described_change,
         extra={FIELDS: record.fields},
     )
 

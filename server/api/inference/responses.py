@@ -13,7 +13,11 @@ Created = Annotated[int, Meta(description="Unix time in seconds.")]
 ModelName = Annotated[str, Meta(description="The model that answered, as named in the request.")]
 ChoiceIndex = Annotated[int, Meta(description="Index of the choice, from 0.")]
 FinishReason = Annotated[
-    str | None, Meta(description="`stop`, `length` or, with tools, `tool_calls`; null until the choice ends.")
+    str | None,
+    Meta(
+        description="`stop`, `length`, with tools `tool_calls`, or `error` for a member of `ensemble: each` that "
+        "failed; null until the choice ends."
+    ),
 ]
 TokenIds = Annotated[list[int] | UnsetType, Meta(description="Ids of the new tokens, if requested.")]
 PromptTokenIds = Annotated[list[int] | UnsetType, Meta(description="Token ids of the text, if requested.")]
@@ -21,6 +25,12 @@ TokenText = Annotated[str, Meta(description="Text of the token.")]
 TokenBytes = Annotated[list[int], Meta(description="Bytes of the token, which may be a part of a character.")]
 Logprob = Annotated[float, Meta(description="Natural logarithm of the probability.")]
 Refusal = Annotated[None, Meta(description="Always null.")]
+Step = Annotated[
+    int | UnsetType,
+    Meta(
+        description="With `return_timings`: number of the engine's step that computed the newest token of the chunk."
+    ),
+]
 MemberName = Annotated[str, Meta(description="`NAME@VERSION`, or the name of the base model.")]
 
 
@@ -40,6 +50,43 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: Annotated[
         PromptTokensDetails, Meta(description="How the positions of the prompt were computed.")
     ]
+
+
+class Timings(msgspec.Struct, kw_only=True):
+    """Where the time of a choice went, and in which steps of the engine it took part."""
+
+    queue_seconds: Annotated[float | None, Meta(description="From arrival at the engine to the first blocks.")]
+    prefill_seconds: Annotated[float | None, Meta(description="From the first blocks to the first new token.")]
+    first_token_seconds: Annotated[
+        float | None, Meta(description="From the request's arrival to the first new token; null without one.")
+    ]
+    decode_seconds: Annotated[float, Meta(description="From the first new token to the last.")]
+    first_step: Annotated[
+        int | None, Meta(description="The engine's step that computed the first new token; null if not numbered.")
+    ]
+    last_step: Annotated[
+        int | None, Meta(description="The engine's step that computed the last new token; null if not numbered.")
+    ]
+
+
+class ChoiceError(msgspec.Struct, kw_only=True):
+    """Why a choice ended with `error`."""
+
+    code: Annotated[str, Meta(description="Stable error code.")]
+    message: Annotated[str, Meta(description="Message in plain text.")]
+
+
+ChoiceModel = Annotated[
+    str | UnsetType,
+    Meta(description="With `ensemble: each`: `NAME@VERSION` of the member, or the base model's name."),
+]
+ChoiceFault = Annotated[
+    ChoiceError | UnsetType,
+    Meta(description="With `ensemble: each`: why the member failed after the stream had begun."),
+]
+ChoiceTimings = Annotated[
+    Timings | UnsetType, Meta(description="With `return_timings`, in the last part of a choice: its times and steps.")
+]
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -102,6 +149,9 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     finish_reason: FinishReason = None
     token_ids: TokenIds = UNSET
     prompt_token_ids: PromptTokenIds = UNSET
+    model: ChoiceModel = UNSET
+    error: ChoiceFault = UNSET
+    timings: ChoiceTimings = UNSET
     votes: Annotated[
         dict[str, int] | UnsetType, Meta(description="Of a voting ensemble: number of members per text.")
     ] = UNSET
@@ -119,6 +169,7 @@ class Completion(msgspec.Struct, kw_only=True):
     model: ModelName
     choices: Annotated[list[CompletionChoice], Meta(description="The texts, or their next parts in a stream.")]
     usage: Annotated[Usage | UnsetType | None, Meta(description="Token counts of the request.")] = UNSET
+    step: Step = UNSET
 
 
 class CalledFunction(msgspec.Struct):
@@ -154,6 +205,8 @@ class ChatChoice(msgspec.Struct, kw_only=True):
     finish_reason: FinishReason = None
     token_ids: TokenIds = UNSET
     prompt_token_ids: PromptTokenIds = UNSET
+    model: ChoiceModel = UNSET
+    timings: ChoiceTimings = UNSET
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
@@ -200,6 +253,9 @@ class ChatChunkChoice(msgspec.Struct, kw_only=True):
     finish_reason: FinishReason = None
     token_ids: TokenIds = UNSET
     prompt_token_ids: PromptTokenIds = UNSET
+    model: ChoiceModel = UNSET
+    error: ChoiceFault = UNSET
+    timings: ChoiceTimings = UNSET
 
 
 class ChatCompletionChunk(msgspec.Struct, kw_only=True):
@@ -213,3 +269,4 @@ class ChatCompletionChunk(msgspec.Struct, kw_only=True):
     usage: Annotated[
         Usage | UnsetType | None, Meta(description="Token counts so far, or of the whole request in the last chunk.")
     ] = UNSET
+    step: Step = UNSET

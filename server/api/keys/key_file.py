@@ -21,6 +21,7 @@ from server.errors import ConfigurationError
 _HASHED = "sha256:"
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 _RANDOM_BYTES = 32
+_LOOKS_LIKE_A_DIGEST = re.compile(r"key-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ _Limit = Annotated[int, msgspec.Meta(ge=1, le=10**12)]
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     key: str
     scopes: list[Scope]
+    name: str | None = None
     tenant: str | None = None
     requests_per_minute: _Limit | None = None
     tokens_per_minute: _Limit | None = None
@@ -58,22 +60,22 @@ def new_key() -> tuple[str, str]:
     return key, _HASHED + hashlib.sha256(key.encode()).hexdigest()
 
 
-def describe_key(digest: str, *, tenant: str | None, scopes: Sequence[str]) -> str:
-    """The text to add to a key file: a TOML entry if the key has a tenant or scopes, otherwise one line.
+def describe_key(digest: str, *, tenant: str | None, scopes: Sequence[str], name: str | None = None) -> str:
+    """The text to add to a key file: a TOML entry if the key has a name, a tenant or scopes, otherwise one line.
 
     Args:
         digest: ``sha256:HEX``.
         tenant: Tenant of the key; None for a separate tenant.
         scopes: Scopes of the key; all if there are none.
+        name: Name of the key in history and logs.
 
     Raises:
-        ConfigurationError: If the tenant or a scope is not valid.
+        ConfigurationError: If the name, the tenant or a scope is not valid.
     """
-    if tenant is None and not scopes:
+    if tenant is None and name is None and not scopes:
         return digest
     lines = ["[[keys]]", f'key = "{digest}"', f"scopes = {json.dumps(list(scopes or Scope))}"]
-    if tenant is not None:
-        lines.append(f"tenant = {json.dumps(tenant)}")
+    lines += [f"{key} = {json.dumps(text)}" for key, text in (("name", name), ("tenant", tenant)) if text is not None]
     entry = "\n".join(lines)
     try:
         _parse_entries(entry, is_toml=True)
@@ -137,11 +139,20 @@ def _entry(place: str, entry: _Entry) -> Key:
             check_name(entry.tenant, "tenant")
         except ValueError as error:
             raise ValueError(f"{place}.{error}") from error
+    if entry.name is not None:
+        try:
+            check_name(entry.name, "name")
+        except ValueError as error:
+            raise ValueError(f"{place}.{error}") from error
+        if _LOOKS_LIKE_A_DIGEST.fullmatch(entry.name):
+            raise ValueError(f"{place}.name: {entry.name!r} looks like the digest of a key; choose another name")
     limits = Limits(entry.requests_per_minute, entry.tokens_per_minute, entry.max_concurrency)
-    return _key(f"{place}.key", entry.key, entry.tenant, frozenset(entry.scopes), limits)
+    return _key(f"{place}.key", entry.key, entry.tenant, frozenset(entry.scopes), limits, entry.name)
 
 
-def _key(place: str, text: str, tenant: str | None, scopes: frozenset[Scope], limits: Limits) -> Key:
+def _key(
+    place: str, text: str, tenant: str | None, scopes: frozenset[Scope], limits: Limits, key_name: str | None = None
+) -> Key:
     """Make a key. Errors must not contain any part of its text, because they are logged."""
     if text.startswith(_HASHED):
         if not _HEX_DIGEST.fullmatch(text.removeprefix(_HASHED)):
@@ -154,7 +165,7 @@ def _key(place: str, text: str, tenant: str | None, scopes: frozenset[Scope], li
             )
         digest = hashlib.sha256(text.encode()).digest()
     name = f"key-{digest.hex()[:12]}"
-    return Key(digest, Caller(name, tenant or name, scopes, KeyLimiter(limits)))
+    return Key(digest, Caller(name, tenant or name, scopes, KeyLimiter(limits), key_name))
 
 
 def _without_duplicates(keys: Iterable[tuple[str, Key]]) -> list[Key]:

@@ -7,27 +7,66 @@ import hashlib
 import hmac
 import ipaddress
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from server.api.keys.callers import Caller
 from server.api.keys.key_file import Key, parse_plain, read_keys
 from server.config import HttpSettings
 from server.errors import AuthenticationError, ConfigurationError
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
 """Interval between checks of the key file, in seconds."""
 
+_INVALID = "the API key is not valid"
+
 _Signature = tuple[int, int, int] | None
+
+
+@dataclass(slots=True)
+class KeyUse:
+    """The use of a key since the server started.
+
+    Attributes:
+        requests: Number of requests with it, refused ones included.
+        last_used_at: Unix time in seconds of the last one; None if there was none.
+    """
+
+    requests: int = 0
+    last_used_at: float | None = None
+
+    def note(self) -> None:
+        """Count a request."""
+        self.requests += 1
+        self.last_used_at = time.time()
+
+
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """A reload of the key file.
+
+    Attributes:
+        at: Unix time in seconds.
+        error: Why the file could not be used, so that the old keys remain; None if it could.
+    """
+
+    at: float
+    error: str | None
 
 
 class ApiKeys:
     """The accepted keys. Only their SHA-256 digests are stored.
+
+    Attributes:
+        last_reload: The last reload of the key file; None if there was none.
 
     Args:
         keys: At least one.
@@ -35,6 +74,8 @@ class ApiKeys:
 
     def __init__(self, keys: Sequence[Key]) -> None:
         self._keys = tuple(keys)
+        self._uses: dict[bytes, KeyUse] = {}
+        self.last_reload: Reload | None = None
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -51,12 +92,42 @@ class ApiKeys:
         if not authorization:
             raise AuthenticationError("an API key is required: send 'Authorization: Bearer KEY'")
         scheme, _, text = authorization.partition(" ")
-        digest = hashlib.sha256(text.strip().encode("latin-1")).digest()
+        found = self._match(text.strip().encode("latin-1"))
+        if scheme.lower() != "bearer" or found is None:
+            raise AuthenticationError(_INVALID)
+        return found.caller
+
+    def find(self, text: str) -> Key:
+        """The key with this text.
+
+        Raises:
+            AuthenticationError: If there is none.
+        """
+        found = self._match(text.strip().encode("utf-8", "surrogatepass"))
+        if found is None:
+            raise AuthenticationError(_INVALID)
+        return found
+
+    def _match(self, text: bytes) -> Key | None:
+        digest = hashlib.sha256(text).digest()
         # Every digest is compared, so that the time does not reveal which key was similar.
         matches = [key for key in self._keys if hmac.compare_digest(digest, key.digest)]
-        if scheme.lower() != "bearer" or not matches:
-            raise AuthenticationError("the API key is not valid")
-        return matches[0].caller
+        if not matches:
+            return None
+        self._uses.setdefault(digest, KeyUse()).note()
+        return matches[0]
+
+    def by_digest(self, digest: bytes) -> Caller | None:
+        """The caller of the key with this SHA-256 digest; None if there is none."""
+        return next((key.caller for key in self._keys if key.digest == digest), None)
+
+    def described(self) -> list[tuple[Key, KeyUse]]:
+        """The keys in their order, each with its use since the server started."""
+        return [(key, self._uses.get(key.digest, KeyUse())) for key in self._keys]
+
+    def named(self, name: str | None) -> Caller | None:
+        """The caller whose key has this name; None if there is none."""
+        return next((key.caller for key in self._keys if key.caller.name == name), None)
 
     def replace(self, keys: Sequence[Key]) -> None:
         """Accept these keys from the next request on; running requests continue.
@@ -72,6 +143,8 @@ class ApiKeys:
             return replace(key, caller=replace(key.caller, limiter=old))
 
         self._keys = tuple(map(with_old_limiter, keys))
+        kept = {key.digest for key in self._keys}
+        self._uses = {digest: use for digest, use in self._uses.items() if digest in kept}
 
 
 class KeyReloader:
@@ -81,9 +154,17 @@ class KeyReloader:
         http: The settings that name the file.
         keys: Updated with the new keys.
         metrics: Counts reloads.
+        on_reloaded: Called after each reload with the keys of a valid file.
     """
 
-    def __init__(self, http: HttpSettings, keys: ApiKeys, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        http: HttpSettings,
+        keys: ApiKeys,
+        metrics: Metrics,
+        on_reloaded: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._on_reloaded = on_reloaded
         self._http = http
         self._keys = keys
         self._metrics = metrics
@@ -107,15 +188,35 @@ class KeyReloader:
                 self._signature = signature
                 await self._reload()
 
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Reload the key file during a block, when it changes and on SIGHUP."""
+        loop = asyncio.get_running_loop()
+        # Only the main thread can handle signals. A server in another thread, as in tests, only polls the file.
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main:
+            loop.add_signal_handler(signal.SIGHUP, self.request)
+        task = asyncio.create_task(self.run(), name="reload API keys")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            if is_main:
+                loop.remove_signal_handler(signal.SIGHUP)
+
     async def _reload(self) -> None:
         try:
             keys = await asyncio.to_thread(collect_keys, self._http)
         except ConfigurationError as error:
             self._metrics.count_key_reload("failure")
             logger.error("the API keys were not reloaded: %s", error)
+            self._keys.last_reload = Reload(time.time(), str(error))
             return
         self._keys.replace(keys)
+        self._on_reloaded()
         self._metrics.count_key_reload("success")
+        self._keys.last_reload = Reload(time.time(), None)
         logger.info("%d API keys were reloaded", len(keys))
 
 

@@ -30,6 +30,21 @@ class Limits:
     max_concurrency: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Left:
+    """The state of one limit.
+
+    Attributes:
+        limit: Amount per minute.
+        remaining: Amount that is left now.
+        reset_seconds: Seconds until all of it is left again.
+    """
+
+    limit: int
+    remaining: int
+    reset_seconds: float
+
+
 class TokenBucket:
     """Token bucket of one minute, filled evenly. In any T seconds it allows at most ``limit * (1 + T / 60)``.
 
@@ -212,14 +227,23 @@ class KeyLimiter:
             allowance.settle()
 
     @property
+    def left(self) -> dict[str, Left]:
+        """What is left of ``requests`` and ``tokens`` a minute; without those that have no limit."""
+        buckets = {"requests": self._requests, "tokens": self._tokens}
+        return {
+            what: Left(bucket.limit, max(0, int(bucket.level)), bucket.seconds_until(bucket.limit))
+            for what, bucket in buckets.items()
+            if bucket
+        }
+
+    @property
     def headers(self) -> dict[str, str]:
         """OpenAI's ``x-ratelimit-*``: the limits, the remaining amounts, and the time until they are reset."""
         found = {}
-        for what, bucket in (("requests", self._requests), ("tokens", self._tokens)):
-            if bucket:
-                found[f"x-ratelimit-limit-{what}"] = str(bucket.limit)
-                found[f"x-ratelimit-remaining-{what}"] = str(max(0, int(bucket.level)))
-                found[f"x-ratelimit-reset-{what}"] = duration(bucket.seconds_until(bucket.limit))
+        for what, left in self.left.items():
+            found[f"x-ratelimit-limit-{what}"] = str(left.limit)
+            found[f"x-ratelimit-remaining-{what}"] = str(left.remaining)
+            found[f"x-ratelimit-reset-{what}"] = duration(left.reset_seconds)
         return found
 
 

@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field
 
 from prompt_store.types import PromptVersion
 from server.api.generation.sampling_defaults import default_fields
-from server.api.inference.target import resolve, version_of
+from server.api.inference.pair import versions_of
+from server.api.inference.target import resolve
 from server.api.keys.callers import CallerDep, Scope
 from server.api.operations import Operation
 from server.api.prompts.bodies import ObjectType
@@ -73,8 +74,8 @@ async def list_models(services: ServicesDep, caller: CallerDep) -> ModelList:
 async def get_model(model_id: ModelId, services: ServicesDep, caller: CallerDep) -> ModelCard:
     """Get a model by any name that requests may use."""
     target = resolve(model_id, None, base_name=services.base_name, access=caller.access)
-    version = await version_of(services, target)
-    return _base_card(services) if version is None else _prompt_card(services, model_id, version)
+    versions = await versions_of(services, target)
+    return _prompt_card(services, model_id, versions[0]) if versions else _base_card(services)
 
 
 def _base_card(services: Services) -> ModelCard:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query
 from pydantic import AfterValidator
@@ -12,22 +14,27 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
-from prompt_store.checking import check_upload
+from prompt_store.changes import HistoryAction
 from prompt_store.errors import PromptStoreError
+from prompt_store.rollouts import NO_ROLLOUT
 from prompt_store.types import (
     CONFIG_FILE,
     DEFAULT_ALIAS,
     SHARED,
     WEIGHTS_FILE,
+    Access,
+    PromptKind,
     PromptRef,
     PromptSummary,
     PromptVersion,
     check_name,
 )
+from prompt_store.use import Use
 from server.api.http.disconnect import CLIENT_CLOSED_REQUEST
 from server.api.http.multipart import UploadParser, bounded, discard_rest, gathered
-from server.api.keys.callers import Caller, CallerDep, Scope
+from server.api.keys.callers import CallerDep, Scope
 from server.api.operations import Operation, Quota
+from server.api.prompts.acting import ActingDep, ReasonQuery
 from server.api.prompts.bodies import (
     AliasBody,
     AliasReply,
@@ -40,15 +47,21 @@ from server.api.prompts.bodies import (
     RestoreBody,
     Restored,
     RollbackBody,
+    RolloutBody,
+    SearchQuery,
     VersionBody,
     VersionList,
     WarmBody,
     WarmReply,
 )
-from server.api.prompts.probing import probe
-from server.api.prompts.upload_form import UploadForm
-from server.api.services import Services, ServicesDep, require_json, require_json_or_nothing, require_ready
+from server.api.prompts.dry_run import DryRun, dry_run
+from server.api.prompts.publishing import check, publish
+from server.api.prompts.upload_form import ReadForm, UploadForm
+from server.api.prompts.uploaded import UploadedVersion, uploaded
+from server.api.request_body import require_json, require_json_or_nothing
+from server.api.services import Services, ServicesDep, require_ready
 from server.api.soft_prompts.async_store import AsyncPromptStore
+from server.api.soft_prompts.residency import Residency, residency_of
 from server.errors import InvalidRequestError, NotFoundError, PayloadTooLargeError, PermissionDeniedError, ServerError
 
 router = APIRouter(prefix="/v1/prompts", tags=["soft prompts"])
@@ -89,18 +102,24 @@ Tag = Annotated[
     Query(description="Return only entries with this tag."),
     AfterValidator(lambda tag: tag and check_name(tag, "tag")),
 ]
+Kind = Annotated[
+    PromptKind | None, Query(description="Return only names with a version of this kind.", examples=["adapter"])
+]
 
+IncludeResidency = Annotated[
+    Literal["residency"] | None, Query(description="`residency` adds where it lies on this server.")
+]
 Force = Annotated[bool, Query(description="Delete it even if aliases point at it, or it has several versions.")]
 
 
 class _LeasedWeights(FileResponse):
     """A weights file sent from disk, leased meanwhile, because it may be too large for memory."""
 
-    def __init__(self, store: AsyncPromptStore, ref: PromptRef, caller: Caller, *, sha256: str) -> None:
+    def __init__(self, store: AsyncPromptStore, ref: PromptRef, access: Access, *, sha256: str) -> None:
         super().__init__("", headers=_file_headers(WEIGHTS_FILE, sha256), media_type="application/octet-stream")
         self._store = store
         self._ref = ref
-        self._access = caller.access
+        self._access = access
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Send the file, or the requested range."""
@@ -128,12 +147,21 @@ def ref_of(name: str, version: int | None, alias: str | None) -> PromptRef:
     return PromptRef(name, alias=alias or DEFAULT_ALIAS)
 
 
-def _version_body(services: Services, version: PromptVersion) -> VersionBody:
-    return VersionBody.of(version, pinned=services.warmer.is_pinned(version))
+async def _version_bodies(
+    services: Services, versions: Sequence[PromptVersion], include: str | None
+) -> list[VersionBody]:
+    lie = await residency_of(services.engine, services.store, versions) if include else [None] * len(versions)
+    return [
+        VersionBody.of(version, pinned=services.warmer.is_pinned(version), residency=residency)
+        for version, residency in zip(versions, lie, strict=True)
+    ]
 
 
-def _prompt_body(services: Services, summary: PromptSummary) -> PromptBody:
-    return PromptBody.of(summary, pinned=services.warmer.pinned_versions(summary.name))
+def _prompt_body(
+    services: Services, summary: PromptSummary, use: Use | None = None, residency: Residency | None = None
+) -> PromptBody:
+    pinned = services.warmer.pinned_versions(summary.name)
+    return PromptBody.of(summary, pinned=pinned, use=use, residency=residency)
 
 
 def _file_headers(filename: str, sha256: str) -> dict[str, str]:
@@ -143,8 +171,14 @@ def _file_headers(filename: str, sha256: str) -> dict[str, str]:
 @router.post(
     "",
     status_code=201,
-    response_model=VersionBody,
-    responses={200: {"model": VersionBody, "description": "A version with the same files exists already"}},
+    response_model=UploadedVersion,
+    responses={
+        200: {
+            "model": UploadedVersion | DryRun,
+            "description": "A version with the same files exists already; it was edited. Or what would be stored, "
+            "with `dry_run`",
+        }
+    },
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -153,10 +187,9 @@ def _file_headers(filename: str, sha256: str) -> dict[str, str]:
     },
 )
 @Operation(scopes={Scope.PROMPTS_WRITE}, errors=(409, 503), quota=Quota.REQUESTS, is_upload=True)
-async def upload_prompt(request: Request, services: ServicesDep, caller: CallerDep) -> Response:
-    """Upload the two files of a PEFT directory as the next version of a soft prompt."""
-    services.require_ready()  # because the model tries the soft prompt
-    base = services.base_spec
+async def upload_prompt(request: Request, services: ServicesDep, acting: ActingDep) -> Response:
+    """Upload the two files of a PEFT directory as the next version of a soft prompt or an adapter."""
+    services.require_ready()  # because the model tries the files
     limit = services.settings.store.max_upload_bytes + _UPLOAD_SLACK_BYTES
     if int(request.headers.get("content-length", 0)) > limit:
         raise PayloadTooLargeError(f"the upload exceeds the limit of {limit} bytes")
@@ -167,78 +200,93 @@ async def upload_prompt(request: Request, services: ServicesDep, caller: CallerD
         try:
             async for data in gathered(bounded(stream, limit)):
                 await store.call(parser.feed, data)
-            form = UploadForm.parse(parser.texts())
-            if form.shared and not caller.access.changes(SHARED):
+            read = ReadForm.read(parser.texts())
+            if read.form is not None and read.form.shared and not acting.caller.access.changes(SHARED):
                 raise PermissionDeniedError("shared: requires an API key with the scope admin", scopes=["admin"])
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         except (ServerError, PromptStoreError):
             await discard_rest(stream)
             raise
-        checked = await store.call(
-            check_upload,
-            upload,
-            base,
-            require_same_base=not (services.settings.store.allow_other_base or form.allow_other_base),
-            allow_float64=services.settings.store.allow_float64,
-            task_type=form.task_type,
-        )
-        await probe(services, checked, upload.path(WEIGHTS_FILE), caller)
-        try:
-            version, created = await store.publish(
-                upload,
-                name=form.id,
-                base=base,
-                checked=checked,
-                alias=form.alias,
-                description=form.description,
-                tags=form.tags,
-                metadata=form.metadata,
-                lineage=form.lineage,
-                actor=caller.name,
-                owner=SHARED if form.shared else caller.tenant,
-                reserved_names=(services.base_name,),
-            )
-        except ValueError as error:  # the format was checked already: it is the name of the base model
-            raise InvalidRequestError(f"id: {error}", param="id") from error
-    services.warmer.promoted(form.id, form.alias)
-    body = _version_body(services, version).model_dump(mode="json")
-    return JSONResponse(body, 201 if created else 200)
+        form, checked = await check(services, upload, read)
+        if form.dry_run:
+            found = await dry_run(services, upload, checked, form, acting.caller)
+            return JSONResponse(found.model_dump(mode="json"))
+        version, created = await publish(services, upload, checked, form, acting)
+    body = await uploaded(services, acting, version, form, is_new=created)
+    return JSONResponse(body.model_dump(mode="json"), 201 if created else 200)
 
 
 @router.get("")
 @Operation(scopes={Scope.PROMPTS_READ})
 async def list_prompts(
     services: ServicesDep,
-    caller: CallerDep,
+    acting: ActingDep,
+    wanted: Annotated[SearchQuery, Depends()],
     limit: Limit = 20,
     after: After = None,
     tag: Tag = None,
+    kind: Kind = None,
+    unused_for: Annotated[
+        int | None,
+        Query(ge=1, le=2**36, description="Return only those not published or used for this number of seconds."),
+    ] = None,
+    include: Annotated[
+        tuple[Literal["usage", "residency"], ...],
+        Query(
+            description="`usage` adds the use of each, `residency` where its latest version lies; may be repeated."
+        ),
+    ] = (),
 ) -> PromptList:
-    """A page of soft prompts, by name."""
-    summaries, has_more = await services.store.list_prompts(limit=limit, after=after, tag=tag, access=caller.access)
-    data = [_prompt_body(services, summary) for summary in summaries]
+    """A page of soft prompts and adapters, by name or in another order."""
+    since = None if unused_for is None else (int(time.time()) - unused_for) * 1_000_000
+    store = services.store
+    if wanted.is_plain:
+        summaries, has_more = await store.list_prompts(
+            limit=limit, after=after, tag=tag, kind=kind, access=acting.access, unused_since=since
+        )
+    else:
+        search = wanted.search(limit=limit, after=after, tag=tag, kind=kind, unused_since=since)
+        try:
+            summaries, has_more = await store.call(store.registry.search, search, acting.access)
+        except ValueError as error:
+            raise InvalidRequestError(str(error), param="after") from error
+    await acting.has_listed(summary.latest.owner for summary in summaries)
+    uses: dict[str, Use] = {}
+    if "usage" in include:
+        names = [summary.name for summary in summaries]
+        found = await services.store.call(services.store.registry.usage_of, names, acting.access)
+        uses = {name: use + services.usage.pending_of(name) for name, use in found.items()}
+    lie: dict[str, Residency] = {}
+    if "residency" in include:
+        latest = [summary.latest for summary in summaries]
+        found_residency = await residency_of(services.engine, services.store, latest)
+        lie = {version.name: where for version, where in zip(latest, found_residency, strict=True)}
+    data = [_prompt_body(services, summary, uses.get(summary.name), lie.get(summary.name)) for summary in summaries]
     return PromptList(data=data, has_more=has_more, last_id=data[-1].id if data else None)
 
 
 @router.get("/{id}")
 @Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 503))
-async def get_prompt(name: PromptId, services: ServicesDep, caller: CallerDep) -> PromptBody:
+async def get_prompt(name: PromptId, services: ServicesDep, acting: ActingDep) -> PromptBody:
     """Get a soft prompt."""
-    return _prompt_body(services, await services.store.get_prompt(name, caller.access))
+    summary = await services.store.get_prompt(name, acting.access)
+    await acting.has_read(name, summary.latest.owner, "prompt")
+    return _prompt_body(services, summary)
 
 
 @router.delete("/{id}")
 @Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 409, 503))
 async def delete_prompt(
-    name: PromptId, services: ServicesDep, caller: CallerDep, force: Force = False
+    name: PromptId, services: ServicesDep, acting: ActingDep, force: Force = False, reason: ReasonQuery = None
 ) -> DeletedVersions:
     """Delete a soft prompt with all versions and aliases; more than one version only with `force=true`.
 
     Running requests finish with their version. The deletion can be undone for a time.
     """
     store = services.store
-    deletion = await store.delete_prompt(name, force=force, actor=caller.name, access=caller.access)
+    deletion = await store.delete_prompt(name, force=force, actor=acting.actor(reason), access=acting.access)
+    acting.changed(HistoryAction.DELETE_PROMPT, name)
     await services.warmer.forget(name)
     return DeletedVersions.of(name, deletion, object_="prompt", until=store.restorable_until(deletion))
 
@@ -246,14 +294,15 @@ async def delete_prompt(
 @router.post("/{id}/restore", dependencies=[Depends(require_json_or_nothing)])
 @Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 409, 503), example={"version": 1})
 async def restore_prompt(
-    name: PromptId, services: ServicesDep, caller: CallerDep, body: RestoreBody | None = None
+    name: PromptId, services: ServicesDep, acting: ActingDep, body: RestoreBody | None = None
 ) -> Restored:
     """Bring back a deleted version, or all that the last deletion has deleted, with the aliases.
 
     An alias that exists again is not moved.
     """
     version = None if body is None else body.version
-    restoration = await services.store.restore(name, version, actor=caller.name, access=caller.access)
+    restoration = await services.store.restore(name, version, actor=acting.actor(), access=acting.access)
+    acting.changed(HistoryAction.RESTORE, name, version=version)
     for alias in restoration.aliases:
         services.warmer.promoted(name, alias)
     return Restored.of(name, restoration)
@@ -262,21 +311,28 @@ async def restore_prompt(
 @router.get("/{id}/versions")
 @Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 503))
 async def list_versions(
-    name: PromptId, services: ServicesDep, caller: CallerDep, limit: Limit = 100, before: Before = None
+    name: PromptId,
+    services: ServicesDep,
+    acting: ActingDep,
+    limit: Limit = 100,
+    before: Before = None,
+    include: IncludeResidency = None,
 ) -> VersionList:
     """List the versions of a soft prompt, newest first."""
-    versions, has_more = await services.store.list_versions(name, limit=limit, before=before, access=caller.access)
-    data = [_version_body(services, version) for version in versions]
+    versions, has_more = await services.store.list_versions(name, limit=limit, before=before, access=acting.access)
+    if versions:
+        await acting.has_read(name, versions[0].owner, "versions")
+    data = await _version_bodies(services, versions, include)
     return VersionList(data=data, has_more=has_more, last_id=data[-1].version if data else None)
 
 
 @router.get("/{id}/history")
 @Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 503))
 async def list_history(
-    name: PromptId, services: ServicesDep, caller: CallerDep, limit: Limit = 100, before: Before = None
+    name: PromptId, services: ServicesDep, acting: ActingDep, limit: Limit = 100, before: Before = None
 ) -> HistoryList:
     """List the changes of a soft prompt, newest first. The history remains after deletion."""
-    entries, has_more = await services.store.list_history(name, limit=limit, before=before, access=caller.access)
+    entries, has_more = await services.store.list_history(name, limit=limit, before=before, access=acting.access)
     data = [HistoryBody.of(entry) for entry in entries]
     return HistoryList(data=data, has_more=has_more, last_id=data[-1].id if data else None)
 
@@ -284,11 +340,17 @@ async def list_history(
 @router.get("/{id}/versions/{version}")
 @Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 503))
 async def get_version(
-    name: PromptId, version: VersionNumber, services: ServicesDep, caller: CallerDep
+    name: PromptId,
+    version: VersionNumber,
+    services: ServicesDep,
+    acting: ActingDep,
+    include: IncludeResidency = None,
 ) -> VersionBody:
     """Get a version."""
-    ref = PromptRef(name, version=version, alias=None)
-    return _version_body(services, await services.store.resolve(ref, caller.access))
+    found = await services.store.resolve(PromptRef(name, version=version, alias=None), acting.access)
+    await acting.has_read(name, found.owner, "version", version=version)
+    (body,) = await _version_bodies(services, [found], include)
+    return body
 
 
 @router.get(
@@ -301,31 +363,39 @@ async def get_version(
 )
 @Operation(scopes={Scope.PROMPTS_READ}, errors=(404, 416, 503))
 async def get_file(
-    name: PromptId, version: VersionNumber, filename: Filename, services: ServicesDep, caller: CallerDep
+    name: PromptId, version: VersionNumber, filename: Filename, services: ServicesDep, acting: ActingDep
 ) -> Response:
     """Download a file of a version, exactly as it was uploaded."""
     store, ref = services.store, PromptRef(name, version=version, alias=None)
-    found = await store.resolve(ref, caller.access)
+    found = await store.resolve(ref, acting.access)
     file = found.file(filename)
     if file is None:
         raise NotFoundError(f"a version has only {CONFIG_FILE} and {WEIGHTS_FILE}, not {filename[:100]!r}")
+    await acting.has_read(name, found.owner, filename, version=version)
     if filename == WEIGHTS_FILE:
-        return _LeasedWeights(store, ref, caller, sha256=file.sha256)
-    data = await store.read_file(name, version, filename, caller.access)
+        return _LeasedWeights(store, ref, acting.access, sha256=file.sha256)
+    data = await store.read_file(name, version, filename, acting.access)
     return Response(data, headers=_file_headers(filename, file.sha256), media_type="application/json")
 
 
 @router.delete("/{id}/versions/{version}")
 @Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 409, 503))
 async def delete_version(
-    name: PromptId, version: VersionNumber, services: ServicesDep, caller: CallerDep, force: Force = False
+    name: PromptId,
+    version: VersionNumber,
+    services: ServicesDep,
+    acting: ActingDep,
+    force: Force = False,
+    reason: ReasonQuery = None,
 ) -> DeletedVersions:
     """Delete a version; one that an alias points at only with `force=true`, which deletes the alias too.
 
     Running requests finish with it. The deletion can be undone for a time.
     """
     store = services.store
-    deletion = await store.delete_version(name, version, force=force, actor=caller.name, access=caller.access)
+    actor = acting.actor(reason)
+    deletion = await store.delete_version(name, version, force=force, actor=actor, access=acting.access)
+    acting.changed(HistoryAction.DELETE_VERSION, name, version=version)
     await services.warmer.forget(name, version)
     return DeletedVersions.of(
         f"{name}@{version}", deletion, object_="prompt.version", until=store.restorable_until(deletion)
@@ -335,36 +405,45 @@ async def delete_version(
 @router.put("/{id}/aliases/{alias}", dependencies=[Depends(require_json)])
 @Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 409, 503), example={"version": 1})
 async def set_alias(
-    name: PromptId, alias: Alias, body: AliasBody, services: ServicesDep, caller: CallerDep
+    name: PromptId, alias: Alias, body: AliasBody, services: ServicesDep, acting: ActingDep
 ) -> AliasReply:
-    """Point an alias at a version."""
+    """Point an alias at a version, and start, change or end its rollout, in one step."""
     await services.store.set_alias(
         name,
         alias,
         body.version,
         expected_version=body.expected_version,
-        actor=caller.name,
-        access=caller.access,
+        actor=acting.actor(body.reason),
+        access=acting.access,
+        rollout=body.rollout,
     )
+    rolls_out = body.rollout != NO_ROLLOUT
+    action = HistoryAction.ROLLOUT if rolls_out else HistoryAction.PROMOTE
+    acting.changed(action, name, version=body.version, alias=alias)
     services.warmer.promoted(name, alias)
-    return AliasReply(id=name, alias=alias, version=body.version)
+    rollout = RolloutBody.of(body.rollout) if rolls_out else None
+    return AliasReply(id=name, alias=alias, version=body.version, rollout=rollout)
 
 
 @router.post("/{id}/aliases/{alias}/rollback", dependencies=[Depends(require_json)])
 @Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 409, 503), example={})
 async def rollback(
-    name: PromptId, alias: Alias, body: RollbackBody, services: ServicesDep, caller: CallerDep
+    name: PromptId, alias: Alias, body: RollbackBody, services: ServicesDep, acting: ActingDep
 ) -> AliasReply:
-    """Point an alias back at the version before its last promotion; repeat to go further back."""
+    """End the canaries of an alias, or else point it back at the version before its last promotion.
+
+    Repeat it to go further back.
+    """
     version = await services.store.rollback(
         name,
         alias,
         expected_version=body.expected_version,
-        actor=caller.name,
-        access=caller.access,
+        actor=acting.actor(body.reason),
+        access=acting.access,
     )
+    acting.changed(HistoryAction.ROLLBACK, name, version=version, alias=alias)
     services.warmer.promoted(name, alias)
-    return AliasReply(id=name, alias=alias, version=version)
+    return AliasReply(id=name, alias=alias, version=version, rollout=None)
 
 
 @router.post("/{id}/warm", dependencies=[Depends(require_ready), Depends(require_json_or_nothing)])
@@ -386,7 +465,7 @@ async def warm_prompt(
             version = await services.warmer.unpin(ref, task_id=body.task_id)
             pinned = services.warmer.is_pinned(version)
             return WarmReply(id=name, version=version.version, task_ids=None, pinned=pinned, seconds=0.0)
-        warmed = await services.warmer.warm(ref, task_id=body.task_id, pin=bool(body.pin))
+        warmed = await services.warmer.warm_for_caller(ref, task_id=body.task_id, pin=bool(body.pin))
     return WarmReply(
         id=name,
         version=warmed.version.version,
@@ -398,7 +477,10 @@ async def warm_prompt(
 
 @router.delete("/{id}/aliases/{alias}")
 @Operation(scopes={Scope.PROMPTS_WRITE}, errors=(404, 503))
-async def delete_alias(name: PromptId, alias: Alias, services: ServicesDep, caller: CallerDep) -> Deleted:
+async def delete_alias(
+    name: PromptId, alias: Alias, services: ServicesDep, acting: ActingDep, reason: ReasonQuery = None
+) -> Deleted:
     """Delete an alias; the version remains."""
-    await services.store.delete_alias(name, alias, actor=caller.name, access=caller.access)
+    await services.store.delete_alias(name, alias, actor=acting.actor(reason), access=acting.access)
+    acting.changed(HistoryAction.DELETE_ALIAS, name, alias=alias)
     return Deleted(id=f"{name}@{alias}", object="prompt.alias")

@@ -6,14 +6,17 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from prompt_store.blobs.staging import Upload
 from prompt_store.catalog.watch import CatalogStatus
+from prompt_store.changes import Deletion
+from prompt_store.jobs.jobs import Evaluations, TrainingRuns
+from prompt_store.registry import Registry
 from prompt_store.store import PromptStore
-from prompt_store.types import Access, Deletion, LeasedPrompt, PromptRef
+from prompt_store.types import Access, LeasedPrompt, PromptRef
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +59,24 @@ class AsyncPromptStore:
     delete_alias = _in_thread(PromptStore.delete_alias)
     delete_version = _in_thread(PromptStore.delete_version)
     delete_prompt = _in_thread(PromptStore.delete_prompt)
+    are_local = _in_thread(PromptStore.are_local)
     restore = _in_thread(PromptStore.restore)
+    prune = _in_thread(PromptStore.prune)
+
+    @property
+    def registry(self) -> Registry:
+        """Corrections, history and use of all names; its methods block, so run them through ``call``."""
+        return self._store.registry
+
+    @property
+    def evaluations(self) -> Evaluations:
+        """Kept evaluations; run its methods through ``call``."""
+        return self._store.jobs.evaluations
+
+    @property
+    def runs(self) -> TrainingRuns:
+        """Kept training runs; run its methods through ``call``."""
+        return self._store.jobs.runs
 
     @property
     def status(self) -> CatalogStatus:
@@ -84,11 +104,8 @@ class AsyncPromptStore:
             await asyncio.wait([future])
             raise
 
-    @asynccontextmanager
-    async def lease(self, ref: PromptRef, access: Access | None) -> AsyncIterator[LeasedPrompt]:
+    def lease(self, ref: PromptRef, access: Access | None) -> AbstractAsyncContextManager[LeasedPrompt]:
         """Resolve ``ref`` to one version whose files remain readable until the block ends.
-
-        The release is submitted to the pool and not awaited, so a cancellation cannot interrupt it.
 
         Args:
             ref: What to lease.
@@ -97,7 +114,20 @@ class AsyncPromptStore:
         Raises:
             PromptNotFoundError: If there is no such name, version or alias.
         """
-        pending = self._executor.submit(self._store.lease, ref, access)
+        return self._leasing(self._store.lease, ref, access)
+
+    def lease_for_request(
+        self, ref: PromptRef, access: Access | None, key: str | None
+    ) -> AbstractAsyncContextManager[LeasedPrompt]:
+        """The same for the version that answers one request, which ``PromptStore.lease_for_request`` draws."""
+        return self._leasing(self._store.lease_for_request, ref, access, key)
+
+    @asynccontextmanager
+    async def _leasing(
+        self, lease: Callable[P, LeasedPrompt], *args: P.args, **kwargs: P.kwargs
+    ) -> AsyncIterator[LeasedPrompt]:
+        """A lease as a block. The release is not awaited, so a cancellation cannot interrupt it."""
+        pending = self._executor.submit(lease, *args, **kwargs)
         try:
             leased = await asyncio.shield(asyncio.wrap_future(pending))
         except asyncio.CancelledError:

@@ -1,9 +1,9 @@
-"""Convert a leased version to a SoftPromptSource, and validate task_id."""
+"""Convert leased versions to what the engine gets, and validate task_id."""
 
 from __future__ import annotations
 
-from prompt_store.types import LeasedPrompt, PromptVersion
-from server.engine.types import SoftPromptSource
+from prompt_store.types import LeasedPrompt, PromptKind, PromptVersion
+from server.engine.types import AdapterSource, SoftPromptSource
 from server.errors import InvalidRequestError
 
 
@@ -17,6 +17,31 @@ def soft_prompt_source(leased: LeasedPrompt, task_id: int | None) -> SoftPromptS
         task_id=task_id,
         num_labels=leased.version.num_labels,
     )
+
+
+def adapter_source(leased: LeasedPrompt) -> AdapterSource:
+    """Convert a leased version to an AdapterSource, whose files exist until the lease is released."""
+    version = leased.version
+    if leased.config_path is None or version.num_parameters is None:
+        raise TypeError(f"{full_name(version)} is not an adapter")
+    return AdapterSource(
+        digest=version.digest,
+        path=str(leased.weights_path),
+        config_path=str(leased.config_path),
+        num_parameters=version.num_parameters,
+        num_labels=version.num_labels,
+    )
+
+
+def full_name(version: PromptVersion) -> str:
+    """``NAME@VERSION``."""
+    return f"{version.name}@{version.version}"
+
+
+def called(version: PromptVersion) -> str:
+    """A version in a message: ``the soft prompt NAME@VERSION`` or ``the adapter NAME@VERSION``."""
+    kind = "adapter" if version.kind is PromptKind.ADAPTER else "soft prompt"
+    return f"the {kind} {full_name(version)}"
 
 
 def check_task(version: PromptVersion | None, task_id: int | None) -> None:
@@ -33,7 +58,7 @@ def check_task(version: PromptVersion | None, task_id: int | None) -> None:
     if version is None or num_tasks is None:
         if task_id is None:
             return
-        named = "the base model" if version is None else f"the soft prompt {version.name}@{version.version}"
+        named = "the base model" if version is None else called(version)
         raise InvalidRequestError(
             f"task_id: only allowed for multitask soft prompts; {named} is not one", param="task_id"
         )

@@ -1,11 +1,11 @@
-"""Host-memory budgets of pinned soft prompts, per tenant and in total."""
+"""Host-memory budgets of pinned soft prompts and adapters, per tenant and in total."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
 
-from server.engine.types import ModelInfo, SoftPromptSource
+from server.engine.types import AdapterSource, ModelInfo, SoftPromptSource
 from server.errors import PinBudgetError
 
 LEAST_BYTES = 4096
@@ -14,14 +14,16 @@ LEAST_BYTES = 4096
 _HEAD_BYTES_PER_NUMBER = 4
 
 
-def pinned_bytes(source: SoftPromptSource, model: ModelInfo) -> int:
-    """Host memory of a pinned soft prompt in bytes: its rows in the serving dtype, and its head."""
-    width = model.embedding_width
-    if source.is_key_values:
-        width = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    rows = source.num_virtual_tokens * width * (4 if model.dtype == "float32" else 2)
+def pinned_bytes(source: SoftPromptSource | AdapterSource, model: ModelInfo) -> int:
+    """Host memory of a pin in bytes: rows or the parameters of an adapter in the serving dtype, and a head."""
+    if isinstance(source, AdapterSource):
+        numbers = source.num_parameters
+    elif source.is_key_values:
+        numbers = source.num_virtual_tokens * 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    else:
+        numbers = source.num_virtual_tokens * model.embedding_width
     head = (source.num_labels or 0) * (model.hidden_size or model.embedding_width) * _HEAD_BYTES_PER_NUMBER
-    return max(LEAST_BYTES, rows + head)
+    return max(LEAST_BYTES, numbers * (4 if model.dtype == "float32" else 2) + head)
 
 
 class PinBudget:

@@ -1,22 +1,22 @@
-"""Loading soft prompts before their first request, and pinning them."""
+"""Loading soft prompts and adapters before their first request, and pinning them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, Literal
 
 from prompt_store.errors import PromptNotFoundError, PromptStoreError
-from prompt_store.types import PromptRef, PromptVersion
+from prompt_store.types import LeasedPrompt, PromptKind, PromptRef, PromptVersion
 from server.api.soft_prompts.async_store import AsyncPromptStore
-from server.api.soft_prompts.engine_source import check_task, soft_prompt_source
+from server.api.soft_prompts.engine_source import adapter_source, check_task, soft_prompt_source
 from server.api.soft_prompts.pin_budget import PinBudget, pinned_bytes
 from server.engine.interface import Engine
-from server.engine.types import SoftPromptSource
+from server.engine.types import AdapterSource, SoftPromptSource
 from server.errors import ServerError
 
 logger = logging.getLogger(__name__)
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Warmed:
-    """The result of loading a soft prompt onto the device.
+    """The result of loading a soft prompt or an adapter onto the device.
 
     Attributes:
         version: The version that was loaded.
-        task_ids: The loaded tasks of a multitask prompt; None for other soft prompts.
+        task_ids: The loaded tasks of a multitask prompt; None for all others.
         seconds: How long it took, without the lease.
     """
 
@@ -37,20 +37,28 @@ class Warmed:
     seconds: float
 
 
+_OVER: Final = "over"
+
+_Part = int | Literal["over"] | None
+"""A part of a version that is pinned: a task; None if there are no tasks; or the adapter that it was trained over."""
+
+_Sources = dict[_Part, SoftPromptSource | AdapterSource]
+
+
 @dataclass(slots=True)
 class _Pin:
     """One pinned version.
 
     Attributes:
-        lease: Holds the lease, so that the blob and its local copy are kept.
+        lease: Holds the leases, so that blobs and their local copies are kept.
         payer: The tenant whose budget the pin counts to; None is the operator.
-        sources: The pinned sources by task id; the key is None if the soft prompt has no tasks.
+        sources: The pinned sources.
         aliases: The aliases that it is pinned for; None among them means it is pinned by its number.
     """
 
     lease: AsyncExitStack
     payer: str | None
-    sources: dict[int | None, SoftPromptSource]
+    sources: _Sources
     aliases: set[str | None]
 
 
@@ -69,12 +77,14 @@ class _Follow:
 
 
 class Warmer:
-    """Warms soft prompts and holds pins. Used on the event loop only, so it needs no lock between awaits.
+    """Warms soft prompts and adapters, and holds pins. Used on the event loop only: no lock between awaits.
 
     A pin holds a lease and a reference in the engine's host memory. A pin of an alias moves with the alias.
     """
 
     def __init__(self, engine: Engine, store: AsyncPromptStore, budget: PinBudget) -> None:
+        self.on_warmed: Callable[[PromptVersion], None] = lambda version: None
+        """Called with each version that has been loaded."""
         self._engine = engine
         self._budget = budget
         self._store = store
@@ -82,6 +92,8 @@ class Warmer:
         self._follows: set[_Follow] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         """Background tasks. No TaskGroup: one failure must not end the others."""
+        self._targets: dict[tuple[str, str], set[int]] = {}
+        """By name and followed alias, the versions that the alias sends requests to."""
         self._named: list[tuple[PromptRef, bool]] = []
         """Versions that the settings name by number, and whether to pin each."""
         self._restoring: asyncio.Task[None] | None = None
@@ -109,15 +121,22 @@ class Warmer:
         return (version.name, version.version) in self._pins
 
     async def warm(
-        self, ref: PromptRef, *, task_id: int | None = None, pin: bool = False, is_operators: bool = False
+        self,
+        ref: PromptRef,
+        *,
+        task_id: int | None = None,
+        pin: bool = False,
+        is_operators: bool = False,
+        canary_of: str | None = None,
     ) -> Warmed:
-        """Load a soft prompt onto the device.
+        """Load a soft prompt, with the adapter that it was trained over, or an adapter onto the device.
 
         Args:
-            ref: The soft prompt; a pin of an alias follows the alias.
+            ref: The version; a pin of an alias follows the alias.
             task_id: The task of a multitask prompt; None is all of them, one after the other.
-            pin: Keep its files on this machine and its rows in host memory; this counts to its owner's budget.
+            pin: Keep its files on this machine and its numbers in host memory; this counts to its owner's budget.
             is_operators: Whether the settings name it; then no budget applies.
+            canary_of: The alias for which a canary is pinned, which ``ref`` names by its number.
 
         Raises:
             PromptStoreError: If the version does not exist, or its files are not available.
@@ -131,21 +150,33 @@ class Warmer:
             if task_id is not None:
                 check_task(version, task_id)
             task_ids = _task_ids(version, task_id)
-            sources = {task: soft_prompt_source(leased, task) for task in task_ids or (None,)}
+            sources = await self._sources_of(leased, task_ids, lease)
             payer = None if is_operators else version.owner
+            alias = ref.alias if canary_of is None else canary_of
             if pin:
-                self._check_budget(version, sources, ref.alias, payer)
+                self._check_budget(version, sources, alias, payer)
             started = time.monotonic()
-            for source in sources.values():
-                await self._engine.prepare(source)
+            await self._prepare(sources)
+            self.on_warmed(version)
             warmed = Warmed(version, task_ids, time.monotonic() - started)
             if pin:
                 # A version deleted meanwhile could never be unpinned, because no request could name it.
                 await self._store.resolve(_ref(version.name, version.version))
-                self._check_budget(version, sources, ref.alias, payer)  # other pins may have been added meanwhile
+                self._check_budget(version, sources, alias, payer)  # other pins may have been added meanwhile
                 if ref.alias is not None:
                     self._follows.add(_Follow(ref.name, ref.alias, task_id, True, is_operators))
-                await self._pin(version, sources, ref.alias, lease, payer)
+                await self._pin(version, sources, alias, lease, payer)
+        return warmed
+
+    async def warm_for_caller(self, ref: PromptRef, *, task_id: int | None, pin: bool) -> Warmed:
+        """Warm what a request names; the canaries of a pinned alias follow in the background.
+
+        Raises what ``warm`` does.
+        """
+        warmed = await self.warm(ref, task_id=task_id, pin=pin)
+        if pin and ref.alias is not None:
+            name, alias = ref.name, ref.alias
+            self._start_task(self._follow(name, alias, canaries_only=True), f"warm the canaries of {name}@{alias}")
         return warmed
 
     async def unpin(self, ref: PromptRef, *, task_id: int | None = None) -> PromptVersion:
@@ -161,6 +192,8 @@ class Warmer:
                 check_task(version, task_id)
             pin = self._pins.get((version.name, version.version))
             aliases = {ref.alias} | (pin.aliases if pin is not None else set())
+            for alias in aliases - {None}:
+                self._targets.pop((ref.name, str(alias)), None)
             self._follows = {
                 follow
                 for follow in self._follows
@@ -182,6 +215,7 @@ class Warmer:
         ]
         if version is None:
             self._follows = {follow for follow in self._follows if follow.name != name}
+            self._targets = {key: numbers for key, numbers in self._targets.items() if key[0] != name}
         for pinned in self.pinned_versions(name):
             if version in (None, pinned):
                 await self._end(name, pinned)
@@ -237,18 +271,60 @@ class Warmer:
             await self._follow(name, alias)
         for ref, pins in list(self._named):
             await self._try_to_warm(ref, None, pins, is_operators=True)
-        for pin in list(self._pins.values()):
-            for source in list(pin.sources.values()):
-                try:
-                    await self._engine.prepare(source)
-                except ServerError as error:
-                    logger.warning("soft prompt %s cannot be warmed: %s", source.digest[:12], error)
+        for (name, version), pin in list(self._pins.items()):
+            try:
+                await self._prepare(dict(pin.sources))
+            except ServerError as error:
+                logger.warning("%s cannot be warmed: %s", _ref(name, version), error)
 
-    async def _follow(self, name: str, alias: str) -> None:
+    async def _sources_of(
+        self, leased: LeasedPrompt, task_ids: tuple[int, ...] | None, stack: AsyncExitStack
+    ) -> _Sources:
+        """What has to be loaded for a leased version; ``stack`` gets the lease of its adapter."""
+        if leased.version.kind is PromptKind.ADAPTER:
+            return {None: adapter_source(leased)}
+        sources: _Sources = {task: soft_prompt_source(leased, task) for task in task_ids or (None,)}
+        if leased.version.over is not None:
+            over = self._store.lease(PromptRef.parse(leased.version.over), None)
+            sources[_OVER] = adapter_source(await stack.enter_async_context(over))
+        return sources
+
+    async def _prepare(self, sources: _Sources) -> None:
+        """Load an adapter, or each task of a soft prompt with the adapter that it was trained over."""
+        over = sources.get(_OVER)
+        adapter = over if isinstance(over, AdapterSource) else None
+        for source in sources.values():
+            if isinstance(source, SoftPromptSource):
+                await self._engine.prepare(source, adapter)
+            elif source is not over:
+                await self._engine.prepare(None, source)
+
+    async def _follow(self, name: str, alias: str, *, canaries_only: bool = False) -> None:
+        """Warm or pin the versions that an alias sends requests to; its own may be warm already."""
         async with self._follow_lock:
-            for follow in [follow for follow in self._follows if (follow.name, follow.alias) == (name, alias)]:
-                ref = PromptRef(name, alias=alias)
-                await self._try_to_warm(ref, follow.task_id, follow.pin, is_operators=follow.is_operators)
+            follows = [follow for follow in self._follows if (follow.name, follow.alias) == (name, alias)]
+            canaries = await self._canaries_of(name, alias) if follows else ()
+            for follow in follows:
+                task_id, is_operators = follow.task_id, follow.is_operators
+                if not canaries_only:
+                    ref = PromptRef(name, alias=alias)
+                    await self._try_to_warm(ref, task_id, follow.pin, is_operators=is_operators)
+                for number in canaries:
+                    await self._try_to_warm(
+                        _ref(name, number), task_id, follow.pin, is_operators=is_operators, canary_of=alias
+                    )
+
+    async def _canaries_of(self, name: str, alias: str) -> Collection[int]:
+        """The canaries of an alias; notes all versions that it sends requests to."""
+        self._targets.pop((name, alias), None)
+        try:
+            prompt = await self._store.get_prompt(name)
+        except PromptStoreError:
+            return ()
+        canaries = prompt.rollouts[alias].canaries if alias in prompt.rollouts else {}
+        if alias in prompt.aliases:
+            self._targets[name, alias] = {prompt.aliases[alias], *canaries}
+        return tuple(canaries)
 
     async def _refresh(self, name: str) -> None:
         """Follow the aliases of a name, and end the pins of deleted versions."""
@@ -263,9 +339,17 @@ class Warmer:
                 except PromptStoreError as error:
                     logger.warning("cannot check whether %s still exists: %s", _ref(name, version), error)
 
-    async def _try_to_warm(self, ref: PromptRef, task_id: int | None, pin: bool, *, is_operators: bool) -> None:
+    async def _try_to_warm(
+        self,
+        ref: PromptRef,
+        task_id: int | None,
+        pin: bool,
+        *,
+        is_operators: bool,
+        canary_of: str | None = None,
+    ) -> None:
         try:
-            warmed = await self.warm(ref, task_id=task_id, pin=pin, is_operators=is_operators)
+            warmed = await self.warm(ref, task_id=task_id, pin=pin, is_operators=is_operators, canary_of=canary_of)
         except (PromptStoreError, ServerError) as error:
             logger.warning("%s cannot be %s: %s", ref, "pinned" if pin else "warmed", error)
         else:
@@ -274,18 +358,19 @@ class Warmer:
     def _check_budget(
         self,
         version: PromptVersion,
-        sources: dict[int | None, SoftPromptSource],
+        sources: _Sources,
         alias: str | None,
         payer: str | None,
     ) -> None:
         """Raise PinBudgetError if a pin may not be added. Pins that end because their alias moves make room."""
         pin = self._pins.get((version.name, version.version))
-        held = pin.sources if pin is not None else {}
+        held: _Sources = pin.sources if pin is not None else {}
         model = self._engine.model
         adding = {
-            source.identity: pinned_bytes(source, model) for task, source in sources.items() if task not in held
+            source.identity: pinned_bytes(source, model) for part, source in sources.items() if part not in held
         }
-        left = [self._pins[version.name, other] for other in self.pinned_versions(version.name)]
+        stay = self._targets.get((version.name, str(alias)), set())
+        left = [self._pins[version.name, other] for other in self.pinned_versions(version.name) if other not in stay]
         ending = [
             (other.payer, source.identity)
             for other in left
@@ -297,7 +382,7 @@ class Warmer:
     async def _pin(
         self,
         version: PromptVersion,
-        sources: dict[int | None, SoftPromptSource],
+        sources: _Sources,
         alias: str | None,
         lease: AsyncExitStack,
         payer: str | None,
@@ -306,20 +391,27 @@ class Warmer:
         if pin is None:
             pin = self._pins[version.name, version.version] = _Pin(lease.pop_all(), payer, {}, set())
         pin.aliases.add(alias)
-        for task, source in sources.items():
+        for part, source in sources.items():
             # A second lease of the version has the same path.
-            if task not in pin.sources:
-                pin.sources[task] = source
+            if part not in pin.sources:
+                pin.sources[part] = source
                 self._budget.add(pin.payer, source.identity, pinned_bytes(source, self._engine.model))
             self._engine.pin(source)
         await self._leave(version, {alias} - {None})
 
     async def _leave(self, version: PromptVersion, aliases: set[str | None]) -> None:
-        """End the pins of other versions that exist for these aliases only."""
+        """End the pins of other versions that exist for these aliases only, without their canaries."""
         for other in self.pinned_versions(version.name):
             held = self._pins.get((version.name, other))
-            if held is not None and other != version.version and held.aliases & aliases:
-                held.aliases -= aliases
+            if held is None or other == version.version:
+                continue
+            left = {
+                alias
+                for alias in held.aliases & aliases
+                if other not in self._targets.get((version.name, str(alias)), ())
+            }
+            if left:
+                held.aliases -= left
                 if not held.aliases:
                     await self._end(version.name, other)
 
@@ -327,8 +419,10 @@ class Warmer:
         pin = self._pins.get((name, version))
         if pin is None:
             return
-        ended = [task for task in pin.sources if task_id in (None, task)]
-        for identity, source in [(pin.sources[task].identity, pin.sources.pop(task)) for task in ended]:
+        ended = [part for part in pin.sources if task_id in (None, part)]
+        if pin.sources.keys() - ended == {_OVER}:  # the adapter stays as long as a task does
+            ended.append(_OVER)
+        for identity, source in [(pin.sources[part].identity, pin.sources.pop(part)) for part in ended]:
             self._budget.remove(pin.payer, identity)
             # The same content may be pinned under another name.
             if not any(

@@ -12,18 +12,21 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from starlette.requests import Request
 from starlette.responses import Response
 
+from prompt_store.types import PromptVersion
 from server.api.generation.bodies import TokenId
 from server.api.generation.known_fields import CHAT, EVERYWHERE, KnownFieldsBody, Refused
+from server.api.generation.prompt_text import format_of, text_of_conversation
 from server.api.generation.template_options import TemplateOptions
 from server.api.generation.tools import MAX_TOOLS, Messages, Tool, shown_tools
 from server.api.inference.entry import entered_for_text
-from server.api.inference.target import resolve, version_of
+from server.api.inference.pair import versions_of
+from server.api.inference.target import resolve
 from server.api.inference.token_ids import check_token_ids
 from server.api.json_budget import MOST_TOKENS
 from server.api.keys.callers import Caller, CallerDep, Scope
 from server.api.operations import Operation, Quota
-from server.api.request_body import RequestBody, check_unicode
-from server.api.services import Services, ServicesDep, require_json, require_ready
+from server.api.request_body import RequestBody, check_unicode, require_json
+from server.api.services import Services, ServicesDep, require_ready
 from server.errors import InvalidRequestError
 
 router = APIRouter(tags=["tokenizer"], dependencies=[Depends(require_ready)])
@@ -49,8 +52,9 @@ class TokenizeBody(TemplateOptions, KnownFieldsBody):
         None, description="A model name, checked as in a completion; all models share one tokenizer."
     )
     prompt_id: str | None = Field(
-        None, description="A soft prompt, checked as in a completion; it does not change the tokens."
+        None, description="A soft prompt or an adapter, as in a completion; its prompt format applies to `messages`."
     )
+    adapter_id: str | None = Field(None, description="An adapter, checked as in a completion.")
     prompt: Annotated[str, AfterValidator(_text)] | None = Field(
         None,
         max_length=MAX_TEXT_CHARS,
@@ -61,7 +65,8 @@ class TokenizeBody(TemplateOptions, KnownFieldsBody):
         None, description="A conversation to format with the chat template; not with `prompt`."
     )
     add_special_tokens: bool | None = Field(
-        None, description="Add special tokens; default: true for `prompt`, false for `messages`."
+        None,
+        description="Add special tokens; default: true for `prompt`, and for `messages` as in a chat completion.",
     )
     tools: list[Tool] = Field(
         [], max_length=MAX_TOOLS, description="Tools of the conversation, passed to the template."
@@ -91,8 +96,9 @@ class DetokenizeBody(RequestBody):
         None, description="A model name, checked as in a completion; all models share one tokenizer."
     )
     prompt_id: str | None = Field(
-        None, description="A soft prompt, checked as in a completion; it does not change the tokens."
+        None, description="A soft prompt or an adapter, checked as in a completion; it does not change the tokens."
     )
+    adapter_id: str | None = Field(None, description="An adapter, checked as in a completion.")
     tokens: list[TokenId] = Field(
         max_length=MAX_TOKENS, fail_fast=True, examples=[[65, 66]], description="Token ids, in order."
     )
@@ -131,22 +137,23 @@ async def tokenize(body: TokenizeBody, request: Request, services: ServicesDep, 
     if num_chars > MAX_TEXT_CHARS:
         raise InvalidRequestError(f"messages: at most {MAX_TEXT_CHARS} characters are allowed", param="messages")
     with entered_for_text(services, request, num_chars):
-        await _check_model(services, caller, body.model, body.prompt_id)
+        versions = await _check_model(services, caller, body)
         tokenizer = services.tokenizer
         if body.messages is not None:
-            if not tokenizer.has_chat_template:
-                raise InvalidRequestError("this model has no chat template: send prompt", param="messages")
-            text = await tokenizer.render_chat(
-                [message.turn for message in body.messages],
+            formatted = await text_of_conversation(
+                services,
+                format_of(versions),
+                body.messages,
+                options=body,
                 tools=shown_tools(body.tools),
-                options=body.template_options,
             )
+            text, adds = formatted.text, formatted.add_special_tokens
             if len(text) > MAX_TEXT_CHARS:  # it includes tools, reasoning and calls
                 raise InvalidRequestError(
                     f"messages: the template writes {len(text)} characters; at most {MAX_TEXT_CHARS} are allowed",
                     param="messages",
                 )
-            add_special_tokens = bool(body.add_special_tokens)
+            add_special_tokens = adds if body.add_special_tokens is None else body.add_special_tokens
         else:
             text, add_special_tokens = body.prompt or "", body.add_special_tokens is not False
         (tokens,) = await tokenizer.encode([text], add_special_tokens=add_special_tokens)
@@ -175,7 +182,7 @@ async def detokenize(
 ) -> DetokenizeReply:
     """Convert token ids to text."""
     with entered_for_text(services, request, 0, num_tokens=len(body.tokens)):
-        await _check_model(services, caller, body.model, body.prompt_id)
+        await _check_model(services, caller, body)
         check_token_ids(body.tokens, vocab_size=services.engine.model.vocab_size, param="tokens")
         text = await asyncio.to_thread(services.tokenizer.decode, body.tokens, skip_special_tokens=False)
     return DetokenizeReply(prompt=text)
@@ -189,5 +196,8 @@ async def tokenizer_info(services: ServicesDep) -> TokenizerInfoReply:
     return TokenizerInfoReply.model_validate(info)
 
 
-async def _check_model(services: Services, caller: Caller, model: str | None, prompt_id: str | None) -> None:
-    await version_of(services, resolve(model, prompt_id, base_name=services.base_name, access=caller.access))
+async def _check_model(
+    services: Services, caller: Caller, body: TokenizeBody | DetokenizeBody
+) -> list[PromptVersion]:
+    names = body.model, body.prompt_id, body.adapter_id
+    return await versions_of(services, resolve(*names, base_name=services.base_name, access=caller.access))

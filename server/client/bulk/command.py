@@ -17,7 +17,7 @@ from server.client.bulk.job import Finished, Job
 from server.client.bulk.job import run as run_job
 from server.client.bulk.journal import Journal, JournalError
 from server.client.bulk.model_lookup import default_concurrency, resolve_model
-from server.client.bulk.request_template import RequestTemplate
+from server.client.bulk.request_template import RequestTemplate, tier_fields
 from server.client.bulk.rows import FileIdentity, identify
 from server.client.bulk.sender import SendLimits
 from server.client.bulk.summary import progress_bar
@@ -35,18 +35,46 @@ _INTERRUPTED = 130
 _ENDS = f"{EXIT_CODES} Also for run: 4 some rows failed; 130 stopped by a signal (the same command resumes)."
 
 _OWN_FIELDS = frozenset(
-    {"model", "prompt_id", "prompt_ids", "task_id", "prompt", "input", "messages", "labels", "stream", "n"}
+    {
+        "model",
+        "prompt_id",
+        "prompt_ids",
+        "adapter_id",
+        "task_id",
+        "prompt",
+        "input",
+        "messages",
+        "labels",
+        "stream",
+        "n",
+    }
 )
 """Fields that the command sets itself, or that would give a row more than one answer."""
 
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\", ",": ","}
 
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="NAME, NAME@VERSION or NAME@ALIAS, a soft prompt and an adapter as A+B, or the base model.",
+    ),
+]
+Adapter = Annotated[str | None, typer.Option(metavar="NAME", help="An adapter beside NAME.")]
 Concurrency = Annotated[
     int | None,
     typer.Option(min=1, help="Sequences in flight; default: twice the server's --max-num-seqs."),
 ]
 RowsPerRequest = Annotated[int, typer.Option(min=1, max=1024, help="Number of rows per request.")]
 Patience = Annotated[float, typer.Option(min=0.0, help="Seconds without any response before the command gives up.")]
+Priority = Annotated[
+    int | None,
+    typer.Option(
+        min=-100,
+        max=100,
+        help="Priority as interactive requests, instead of the service tier batch; lower is sooner.",
+    ),
+]
 Timeout = Annotated[float, typer.Option(min=0.1, help="Timeout of one request in seconds.")]
 
 
@@ -107,7 +135,7 @@ def check_characters(**given: Any) -> None:
 
 @app.command("run", epilog=_ENDS)
 def run(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="NAME, NAME@VERSION or NAME@ALIAS, or the base model.")],
+    name: ModelName,
     source: Annotated[Path, typer.Argument(metavar="IN", help="Input rows, in JSON Lines.")],
     output: Annotated[
         Path, typer.Argument(metavar="OUT", dir_okay=False, help="Output, in JSON Lines: rows with answers.")
@@ -128,7 +156,9 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; repeatable.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
     options: Annotated[str | None, typer.Option(metavar="JSON", help="Further request fields.")] = None,
+    priority: Priority = None,
     task_id: TaskId = None,
+    adapter: Adapter = None,
     concurrency: Concurrency = None,
     rows_per_request: RowsPerRequest = _LIMITS.rows_per_request,
     patience: Patience = _LIMITS.patience,
@@ -149,7 +179,7 @@ def run(
     label_set = () if labels is None else parse_labels(labels)
     if label_set and classify is False:
         raise typer.BadParameter("--labels and --generate cannot be combined")
-    check_characters(NAME=name, labels=label_set, stop=stop, options=body)
+    check_characters(NAME=name, adapter=adapter, labels=label_set, stop=stop, options=body)
     with serving(url, api_key, as_json=as_json) as client:
         try:
             if source.exists() and not source.is_file():
@@ -158,14 +188,19 @@ def run(
             if output.exists() and output.samefile(source):
                 raise typer.BadParameter("IN and OUT are the same file")
             settings = {"name": name, "labels": label_set, "classify": classify, "task_id": task_id, "options": body}
+            settings |= {} if adapter is None else {"adapter": adapter}
             with Journal(output, _identity(found, settings), restart=restart) as journal:
                 if journal.is_new:
-                    resolved = resolve_model(client, name)
+                    resolved = resolve_model(client, name, adapter)
                     by_head = not label_set and (resolved.has_head if classify is None else classify)
                     journal.start({"model": resolved.model, "by_head": by_head})
                 notes = journal.notes
                 template = RequestTemplate(
-                    model=notes["model"], labels=label_set, by_head=notes["by_head"], task_id=task_id, options=body
+                    model=notes["model"],
+                    labels=label_set,
+                    by_head=notes["by_head"],
+                    task_id=task_id,
+                    options={**tier_fields(priority), **body},
                 )
                 limits = SendLimits(
                     concurrency=concurrency or default_concurrency(client, notes["model"]),

@@ -90,7 +90,7 @@ async def run(job: Job, http: Transport, journal: Journal, on_rows: OnRows) -> F
     written, tally, seconds = journal.written, sender.tally, watch.seconds
     summary = Summary(
         state=state,
-        model=job.template.model,
+        model=job.template.model if isinstance(job.template.model, str) else ",".join(job.template.model),
         output=str(journal.path),
         rows=job.num_rows,
         rows_done=written.num_rows,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import httpx
 
-from prompt_store.types import PromptRef, TaskType
+from prompt_store.types import PromptKind, PromptRef, TaskType
 from server.client.bulk.sender import SendLimits
 from server.client.http import ClientError, PreludeClient
 
@@ -17,9 +18,10 @@ class ResolvedModel:
     """The model that a name refers to.
 
     Attributes:
-        model: The field ``model`` of requests. A soft prompt has its version, so that a promotion does not change it.
-        has_head: Whether the soft prompt has a classification head.
-        record: The version's record in the catalog; None for the base model, or if the key may not read it.
+        model: The field ``model`` of requests. It names versions, so that a promotion does not change them.
+        has_head: Whether the soft prompt or the adapter has a classification head.
+        record: The version's record in the catalog, of a pair the soft prompt's; None for the base model, or if the
+            key may not read it.
     """
 
     model: str
@@ -27,16 +29,45 @@ class ResolvedModel:
     record: dict[str, Any] | None = None
 
 
-def resolve_model(client: PreludeClient, name: str) -> ResolvedModel:
+def resolve_model(client: PreludeClient, name: str, adapter: str | None = None) -> ResolvedModel:
     """Resolve a name to a model.
 
     Args:
         client: Client of the server.
-        name: The base model, or ``NAME``, ``NAME@VERSION``, ``NAME@ALIAS``.
+        name: The base model, or ``NAME``, ``NAME@VERSION``, ``NAME@ALIAS``, or two of these with ``+`` between.
+        adapter: An adapter beside it.
 
     Raises:
         ClientError: If the model does not exist, or the server does not answer.
     """
+    first = _resolve_joint(client, name)
+    if adapter is None:
+        return first
+    second = _resolve_joint(client, adapter)
+    is_base = client.model(first.model)["parent"] is None
+    return second if is_base else _joined(first, second)
+
+
+def _resolve_joint(client: PreludeClient, name: str) -> ResolvedModel:
+    parts = name.split("+")
+    try:
+        for part in parts:
+            PromptRef.parse(part)
+    except ValueError:
+        client.model(name)
+        return ResolvedModel(name)
+    return reduce(_joined, [_resolve(client, part) for part in parts])
+
+
+def _joined(first: ResolvedModel, second: ResolvedModel) -> ResolvedModel:
+    records = [found.record for found in (first, second) if found.record is not None]
+    records.sort(key=lambda record: record["kind"] == PromptKind.ADAPTER)  # the soft prompt's first
+    return ResolvedModel(
+        f"{first.model}+{second.model}", first.has_head or second.has_head, records[0] if records else None
+    )
+
+
+def _resolve(client: PreludeClient, name: str) -> ResolvedModel:
     try:
         ref = PromptRef.parse(name)
     except ValueError:

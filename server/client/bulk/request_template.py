@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from server.client.bulk.rows import Row
 
+BATCH_TIER: Mapping[str, Any] = {"service_tier": "batch"}
+"""Request fields of work that no person waits for."""
+
 COMPLETIONS, CHAT, CLASSIFY = "/v1/completions", "/v1/chat/completions", "/v1/classify"
 
 
@@ -16,15 +19,17 @@ class BatchKey(NamedTuple):
 
     Attributes:
         path: Path of the request.
-        model: The field ``model``; None if ``prompt_id`` names the soft prompt.
+        model: The field ``model``, several names for an ensemble; None if ``prompt_id`` names the soft prompt.
         prompt_id: The field ``prompt_id``.
+        adapter_id: The field ``adapter_id``.
         task_id: The task of a multitask prompt.
-        is_rows_own: Whether the row itself names the soft prompt.
+        is_rows_own: Whether the row itself names a soft prompt or an adapter.
     """
 
     path: str
-    model: str | None
+    model: str | tuple[str, ...] | None
     prompt_id: str | None
+    adapter_id: str | None
     task_id: int | None
     is_rows_own: bool
 
@@ -34,14 +39,14 @@ class RequestTemplate:
     """The parts of a request that all rows share.
 
     Attributes:
-        model: The model for rows that name none.
+        model: The model for rows that name none; several names for an ensemble.
         labels: Labels to classify texts into; empty if texts are not classified, or by a head.
         by_head: Whether texts are classified by the soft prompt's head.
         task_id: The task of rows that name none.
         options: Additional fields of the body, such as ``max_tokens``.
     """
 
-    model: str
+    model: str | tuple[str, ...]
     labels: Sequence[str] = ()
     by_head: bool = False
     task_id: int | None = None
@@ -50,22 +55,28 @@ class RequestTemplate:
     @property
     def sequences_per_row(self) -> int:
         """Number of sequences on the server for one row."""
-        return max(1, len(self.labels))
+        members = 1 if isinstance(self.model, str) else len(self.model)
+        return members * max(1, len(self.labels))
 
     def key(self, row: Row) -> BatchKey:
         """The batch key of a row."""
         fields = row.fields
         path = CHAT if row.form == "messages" else CLASSIFY if self.labels or self.by_head else COMPLETIONS
-        prompt_id, model = fields.get("prompt_id"), fields.get("model")
-        is_own = prompt_id is not None or model is not None
+        prompt_id, model, adapter_id = fields.get("prompt_id"), fields.get("model"), fields.get("adapter_id")
+        is_own = any(name is not None for name in (prompt_id, model, adapter_id))
         if prompt_id is None and model is None:
             model = self.model
         task_id = fields.get("task_id")
-        return BatchKey(path, model, prompt_id, self.task_id if task_id is None else task_id, is_own)
+        return BatchKey(path, model, prompt_id, adapter_id, self.task_id if task_id is None else task_id, is_own)
 
     def body(self, key: BatchKey, rows: Sequence[Row]) -> dict[str, Any]:
         """The body of a request for rows with this key."""
-        named = {"model": key.model, "prompt_id": key.prompt_id, "task_id": key.task_id}
+        named = {
+            "model": list(key.model) if isinstance(key.model, tuple) else key.model,
+            "prompt_id": key.prompt_id,
+            "adapter_id": key.adapter_id,
+            "task_id": key.task_id,
+        }
         body = {**self.options, **{name: value for name, value in named.items() if value is not None}}
         if key.path == CHAT:
             (row,) = rows
@@ -77,6 +88,11 @@ class RequestTemplate:
         else:
             body["prompt"] = [row.content for row in rows]
         return body
+
+
+def tier_fields(priority: int | None) -> Mapping[str, Any]:
+    """Request fields of the service tier: ``batch``, or interactive with a priority if one is given."""
+    return BATCH_TIER if priority is None else {"priority": priority}
 
 
 def is_shared(key: BatchKey) -> bool:

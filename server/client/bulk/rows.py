@@ -109,9 +109,10 @@ def _check(fields: dict[str, Any]) -> Form:
             raise ValueError("messages: should be a list of objects, at least one")
     elif not isinstance(content, str) or not content:
         raise ValueError(f"{form}: should be a string, and not empty")
-    for name in ("model", "prompt_id"):
+    for name in ("model", "prompt_id", "adapter_id"):
         if fields.get(name) is not None and (not isinstance(fields[name], str) or not fields[name]):
-            raise ValueError(f"{name}: should be a string that names a soft prompt")
+            what = "an adapter" if name == "adapter_id" else "a soft prompt"
+            raise ValueError(f"{name}: should be a string that names {what}")
     if fields.get("model") is not None and fields.get("prompt_id") is not None:
         raise ValueError("prompt_id: model already names a soft prompt")
     task_id = fields.get("task_id")

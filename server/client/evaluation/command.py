@@ -6,14 +6,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import uvloop
 
 from prompt_store.types import DEFAULT_ALIAS, PromptRef
-from server.client.bulk.command import Concurrency, check_characters
+from server.client.bulk.command import Adapter, Concurrency, Priority, check_characters
 from server.client.bulk.model_lookup import default_concurrency, resolve_model
 from server.client.bulk.sender import SenderError, SendLimits
 from server.client.bulk.summary import progress_bar
@@ -27,36 +28,58 @@ from server.client.commands import (
     Expect,
     Json,
     Name,
+    Reason,
     Url,
     answer,
     checked,
     serving,
+    status_of,
 )
-from server.client.evaluation.evaluator import (
-    DEFAULT_MAX_TOKENS,
-    AnswerOptions,
-    EvaluatedModel,
-    EvaluationResult,
-    evaluate_model,
+from server.client.evaluation.evaluator import AnswerOptions, EvaluationResult, LabelsError, evaluate_model
+from server.client.evaluation.kept import (
+    PATH,
+    check_recordable,
+    compared,
+    is_evaluation,
+    newest_on_same_data,
+    record_evaluation,
+    why_not_better_than_kept,
 )
 from server.client.evaluation.report import PictureError, Report, check_drawable, draw
-from server.client.evaluation.significance import compare
 from server.client.http import ClientError, PreludeClient
 from server.client.tables import clean
-from server.datasets import DatasetError, Example, LabelledText, digest, read_examples
+from server.datasets import Conversation, DatasetError, Example, digest, read_examples
+from server.evaluation.examples import (
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_SEPARATOR,
+    EvaluatedModel,
+    metric_of,
+    trained_separator,
+)
+from server.evaluation.significance import compare
 
 app = typer.Typer(add_completion=False)
 
 _ENDS = f"{EXIT_CODES} Also for eval: 4 some rows have no answer."
 _PROMOTED = f"{EXIT_CODES} Also for promote: 1 the version is not better."
 
-Data = Annotated[Path, typer.Option(help="Labelled examples, in JSON Lines.")]
+Data = Annotated[
+    Path, typer.Option(help="Labelled examples: JSON Lines, CSV, TSV, Parquet or a directory that datasets saved.")
+]
 Separator = Annotated[
     str | None,
     typer.Option(help=r"Separator between a text and its label; default: the one used in training, or a line end."),
 ]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop string; repeatable.")]
+KeepTexts = Annotated[bool, typer.Option("--keep-texts", help="With --record, keep the texts of the rows too.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens per answer.")]
+
+
+class Combine(StrEnum):
+    """How the answers of an ensemble's members are combined."""
+
+    VOTE = "vote"
+    MEAN = "mean"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +90,21 @@ class _Data:
 
     @property
     def metric(self) -> str:
-        return "accuracy" if isinstance(self.examples[0], LabelledText) else "exact_match"
+        return metric_of(self.examples[0])
 
 
 @app.command("eval", epilog=_ENDS)
 def evaluate(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="NAME, NAME@VERSION or NAME@ALIAS, or the base model.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="NAME, NAME@VERSION or NAME@ALIAS, a soft prompt and an adapter as A+B, an ensemble as A,B,... or "
+            "the base model.",
+        ),
+    ],
     data: Data,
+    adapter: Adapter = None,
     against: Annotated[
         str | None, typer.Option(metavar="NAME", help="Compare with this soft prompt or version.")
     ] = None,
@@ -87,9 +118,22 @@ def evaluate(
         Path | None, typer.Option(dir_okay=False, help="Write the confusion matrices to this PNG file.")
     ] = None,
     separator: Separator = None,
+    ensemble: Annotated[
+        Combine | None,
+        typer.Option(help="How the members A,B,... of an ensemble are combined; default: vote."),
+    ] = None,
+    generate: Annotated[
+        bool,
+        typer.Option(
+            "--generate", help="Let the model answer texts that have a label, instead of scoring the labels."
+        ),
+    ] = False,
     max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
     stop: Stop = None,
+    priority: Priority = None,
     concurrency: Concurrency = None,
+    record: Annotated[bool, typer.Option("--record", help="Keep the evaluation on the server.")] = False,
+    keep_texts: KeepTexts = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -97,24 +141,46 @@ def evaluate(
     """Score a soft prompt on labelled examples, alone or compared with another."""
     if sum((against is not None, against_base, text_prompt is not None)) > 1:
         raise typer.BadParameter("give only one of --against, --against-base and --text-prompt")
-    names = {"NAME": name, "against": against, "text-prompt": text_prompt}
+    if keep_texts and not record:
+        raise typer.BadParameter("--keep-texts needs --record")
+    names = {"NAME": name, "adapter": adapter, "against": against, "text-prompt": text_prompt}
     check_characters(**names, stop=stop, separator=separator)
-    with _errors(as_json=as_json), serving(url, api_key, as_json=as_json) as client:
+    with data_errors(as_json=as_json), serving(url, api_key, as_json=as_json) as client:
         examples = _read(data)
+        if record:
+            check_recordable(examples.examples)
+            if any("," in text for text in (name, against or "")):
+                raise typer.BadParameter("--record keeps evaluations of single soft prompts, not of ensembles")
+        has_labels = examples.metric == "accuracy"
         if png is not None:
-            check_drawable(has_labels=examples.metric == "accuracy")
-        options = AnswerOptions(max_tokens=max_tokens, stop=stop or ())
-        first = _evaluated_model(client, name, separator)
+            check_drawable(has_labels=has_labels)
+        if generate and not has_labels:
+            raise typer.BadParameter("--generate needs data with labels; other data is always generated")
+        if ensemble is not None and not any("," in text for text in (name, against or "")):
+            raise typer.BadParameter("--ensemble needs several names, with commas between")
+        options = AnswerOptions(max_tokens=max_tokens, stop=stop or (), priority=priority, generate=generate)
+        first = _evaluated_model(client, name, separator, adapter, ensemble)
+        if first.ensemble is not None and isinstance(examples.examples[0], Conversation):
+            raise typer.BadParameter("an ensemble answers texts, not conversations")
+        if generate and first.has_head:
+            raise typer.BadParameter(f"--generate: {first.name} has a classification head, and does not generate")
         others = []
         if against is not None:
-            others = [_evaluated_model(client, against, separator)]
+            others = [_evaluated_model(client, against, separator, ensemble=ensemble)]
         elif against_base or text_prompt is not None:
             base = client.models()[0]["id"]
             called = base if text_prompt is None else f"{base} with a text prompt"
             others = [EvaluatedModel(name=called, model=base, text_prompt=text_prompt, separator=first.separator)]
-        limits = SendLimits(concurrency=concurrency or default_concurrency(client, first.model))
-        report = _run(examples, [first, *others], options, limits, url, api_key)
-    answer(report.as_json, as_json, *report.parts)
+        limits = SendLimits(concurrency=concurrency or default_concurrency(client, _one_of(first)))
+        models = [first, *others]
+        found = _answers(examples, models, options, limits, url, api_key)
+        report = _report(examples, models, found)
+        recorded, refused = _recorded(client, examples, models, found, options, keep_texts) if record else ([], None)
+    result = report.as_json | ({"recorded": [one["id"] for one in recorded]} if record else {})
+    answer(result, as_json, *report.parts, *(f"recorded as {one['id']}: {one['model']}" for one in recorded))
+    if refused is not None:  # the report is printed already
+        typer.echo(f"prelude: the evaluation was not recorded: {clean(refused)}", err=True)
+        raise typer.Exit(status_of(refused))
     if png is not None:
         try:
             draw(report, png)
@@ -132,7 +198,11 @@ def promote(
     alias: Alias = DEFAULT_ALIAS,
     expect: Expect = None,
     if_better_than: Annotated[
-        str | None, typer.Option(metavar="ALIAS|V", help="Only if its score on --data is higher than this version's.")
+        str | None,
+        typer.Option(
+            metavar="ALIAS|V|EVALUATION",
+            help="Only if its score is higher than this version's on --data, or than in this kept evaluation.",
+        ),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Labelled examples for --if-better-than.")] = None,
     significant: Annotated[
@@ -142,6 +212,7 @@ def promote(
     separator: Separator = None,
     max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
     stop: Stop = None,
+    reason: Reason = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -149,40 +220,117 @@ def promote(
     """Point an alias at a version, optionally on a condition. Running requests keep their version."""
     checked(name, "name")
     checked(alias, "alias")
-    if (if_better_than is None) != (data is None):
-        raise typer.BadParameter("--if-better-than and --data must be given together")
-    if significant is not None and data is None:
-        raise typer.BadParameter("--significant needs --if-better-than and --data")
-    evaluation = None
-    with _errors(as_json=as_json), serving(url, api_key, as_json=as_json) as client:
-        if if_better_than is not None and data is not None:
-            rival = f"{name}@{if_better_than}"
-            try:
-                PromptRef.parse(rival)
-            except ValueError as error:
-                raise typer.BadParameter(str(error)) from error
+    is_kept = if_better_than is not None and is_evaluation(if_better_than)
+    if (if_better_than is None) != (data is None) and not is_kept:
+        raise typer.BadParameter("--if-better-than and --data must be given together, or name a kept evaluation")
+    if significant is not None and if_better_than is None:
+        raise typer.BadParameter("--significant needs --if-better-than")
+    evaluation: dict[str, Any] | None = None
+    why_not: str | None = None
+    with data_errors(as_json=as_json), serving(url, api_key, as_json=as_json) as client:
+        if if_better_than is not None:
             # Read the alias first: if it moves during the evaluation, the promotion is refused.
             now = client.prompt(name)["aliases"].get(alias)
             expect = now if expect is None else expect
-            examples = _read(data)
             options = AnswerOptions(max_tokens=max_tokens, stop=stop or ())
-            first, second = (_evaluated_model(client, one, separator) for one in (f"{name}@{version}", rival))
-            if first.model == second.model:
-                _refuse(f"{name}@{if_better_than} is already version {version}: there is nothing to compare", as_json)
-            limits = SendLimits(concurrency=default_concurrency(client, first.model))
-            report = _run(examples, [first, second], options, limits, url, api_key)
-            evaluation = report.as_json
-            reason = _why_not(report, significant)
-            if reason is not None:
-                _refuse(f"{name}@{alias} was not moved: {reason}", as_json, evaluation)
-        reply = client.set_alias(name, alias, version, expected=expect)
+            if is_kept:
+                found = compare_with_kept(
+                    client, (name, version), if_better_than, data, options, separator, url, api_key
+                )
+                if found is None:
+                    _refuse(
+                        f"{if_better_than} is the evaluation of version {version}: there is nothing to compare",
+                        as_json,
+                    )
+                evaluation, why_not = found, why_not_better_than_kept(found, significant)
+            elif data is not None:
+                rival = f"{name}@{if_better_than}"
+                try:
+                    PromptRef.parse(rival)
+                except ValueError as error:
+                    raise typer.BadParameter(str(error)) from error
+                report = compare_models(client, (f"{name}@{version}", rival), data, options, separator, url, api_key)
+                if report is None:
+                    _refuse(f"{rival} is already version {version}: there is nothing to compare", as_json)
+                evaluation, why_not = report.as_json, why_not_better(report, significant)
+            if why_not is not None:
+                _refuse(f"{name}@{alias} was not moved: {why_not}", as_json, evaluation)
+        reply = client.set_alias(name, alias, version, expected=expect, reason=reason)
     if evaluation is not None:
         reply = {**reply, "evaluation": evaluation}
     answer(reply, as_json, f"{name}@{alias} is version {reply['version']}")
 
 
-def _why_not(report: Report, significant: float | None) -> str | None:
-    """Why the first model is not better; None if it is."""
+def compare_models(
+    client: PreludeClient,
+    names: tuple[str, str],
+    data: Path,
+    options: AnswerOptions,
+    separator: str | None,
+    url: str,
+    api_key: str | None,
+) -> Report | None:
+    """Score two models on the same examples; None if they are the same version.
+
+    Raises:
+        DatasetError: If the data are not valid.
+        ClientError: If a model does not exist, or the server does not answer.
+    """
+    examples = _read(data)
+    first, second = (_evaluated_model(client, name, separator) for name in names)
+    if first.model == second.model:
+        return None
+    limits = SendLimits(concurrency=default_concurrency(client, _one_of(first)))
+    models = [first, second]
+    return _report(examples, models, _answers(examples, models, options, limits, url, api_key))
+
+
+def compare_with_kept(
+    client: PreludeClient,
+    candidate: tuple[str, int],
+    evaluation_id: str,
+    data: Path | None,
+    options: AnswerOptions,
+    separator: str | None,
+    url: str,
+    api_key: str | None,
+) -> dict[str, Any] | None:
+    """Compare a version with a kept evaluation; None if that is of the same version.
+
+    Args:
+        client: Client of the server.
+        candidate: Name and version.
+        evaluation_id: The kept evaluation.
+        data: Its data, to score the version now, and keep that too; None for the version's newest kept evaluation.
+        options: How answers are generated.
+        separator: Text between a text and its label; None for the one used in training.
+        url: URL of the server.
+        api_key: API key of the server.
+
+    Raises:
+        DatasetError: If the data are not valid.
+        ClientError: If there is no such evaluation, or none of the version on the same data.
+    """
+    name, version = candidate
+    named = client.call("GET", f"{PATH}/{evaluation_id}")
+    if (named["prompt_id"], named["version"]) == candidate:
+        return None
+    if data is None:
+        return compared(client, newest_on_same_data(client, name, version, named), named)
+    examples = _read(data)
+    if examples.sha256 != named["dataset_digest"]:
+        raise ClientError(f"{data} is not the data of {evaluation_id}: its SHA-256 is another", code="usage")
+    evaluated = _evaluated_model(client, f"{name}@{version}", separator)
+    limits = SendLimits(concurrency=default_concurrency(client, _one_of(evaluated)))
+    found = _answers(examples, [evaluated], options, limits, url, api_key)
+    kept = record_evaluation(
+        client, examples.examples, evaluated, found[0], data=data, sha256=examples.sha256, options=options
+    )
+    return compared(client, kept, named)
+
+
+def why_not_better(report: Report, significant: float | None) -> str | None:
+    """Why the first model is not better; None if it is. ``significant`` bounds McNemar's p-value."""
     (ours, theirs), found = report.scores, report.comparison
     if found is None:
         raise TypeError("two models are compared")
@@ -201,7 +349,7 @@ def _why_not(report: Report, significant: float | None) -> str | None:
     return None
 
 
-def _refuse(reason: str, as_json: bool, evaluation: Mapping[str, Any] | None = None) -> None:
+def _refuse(reason: str, as_json: bool, evaluation: Mapping[str, Any] | None = None) -> NoReturn:
     if as_json:
         error = {"message": reason, "type": "client_error", "param": None, "code": "not_better"}
         typer.echo(json.dumps({"error": error, "evaluation": evaluation}))
@@ -213,37 +361,55 @@ def _read(path: Path) -> _Data:
     return _Data(path, read_examples(path), digest(path))
 
 
-def _evaluated_model(client: PreludeClient, name: str, separator: str | None) -> EvaluatedModel:
-    """Resolve a name to a model to evaluate."""
-    found = resolve_model(client, name)
-    record: Mapping[str, Any] = found.record or {}
+def _evaluated_model(
+    client: PreludeClient,
+    name: str,
+    separator: str | None,
+    adapter: str | None = None,
+    ensemble: Combine | None = None,
+) -> EvaluatedModel:
+    """Resolve a name, or the names of an ensemble with commas between, to a model to evaluate."""
+    names = [part.strip() for part in name.split(",")]
+    if len(names) > 1 and adapter is not None:
+        raise typer.BadParameter("--adapter cannot be combined with an ensemble: name its pairs as A+B")
+    members = [resolve_model(client, part, adapter) for part in names]
+    records: list[Mapping[str, Any]] = [member.record or {} for member in members]
     if separator is None:
-        separator = _trained_with(record) or "\n"
+        known = {
+            text
+            for record in records
+            if (text := trained_separator(record.get("format"), record.get("metadata"))) is not None
+        }
+        if len(known) > 1:
+            raise typer.BadParameter(
+                "the members of the ensemble were trained with other separators: give --separator"
+            )
+        separator = known.pop() if known else DEFAULT_SEPARATOR
+    versions = tuple(member.model for member in members)
+    mode = (ensemble or Combine.VOTE) if len(members) > 1 else None
     return EvaluatedModel(
-        name=found.model,
-        model=found.model,
-        has_head=found.has_head,
-        has_tasks=bool(record.get("num_tasks")),
+        name=", ".join(versions) if mode is None else f"{', '.join(versions)} ({mode})",
+        model=versions[0] if mode is None else versions,
+        ensemble=mode,
+        has_head=members[0].has_head,
+        has_tasks=any(record.get("num_tasks") for record in records),
         separator=separator,
     )
 
 
-def _trained_with(record: Mapping[str, Any]) -> str | None:
-    """The separator recorded by ``prelude train``; None if the adapter was trained otherwise."""
-    value: Any = record.get("metadata")
-    for key in ("training", "settings", "separator"):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value if isinstance(value, str) else None
+def _one_of(evaluated: EvaluatedModel) -> str:
+    """A served model's name: itself, or the first member."""
+    return evaluated.model if isinstance(evaluated.model, str) else evaluated.model[0]
 
 
-def _run(
+def _answers(
     data: _Data,
     models: Sequence[EvaluatedModel],
     options: AnswerOptions,
     limits: SendLimits,
     url: str,
     api_key: str | None,
-) -> Report:
+) -> list[EvaluationResult]:
     """Score the models one after another."""
 
     async def score_all() -> list[EvaluationResult]:
@@ -255,9 +421,12 @@ def _run(
         return found
 
     try:
-        found = uvloop.run(score_all())
+        return uvloop.run(score_all())
     except SenderError as error:
         raise ClientError(str(error), status=error.status, code=error.code) from error
+
+
+def _report(data: _Data, models: Sequence[EvaluatedModel], found: Sequence[EvaluationResult]) -> Report:
     scores = [answers.scores for answers in found]
     return Report(
         data=str(data.path),
@@ -270,13 +439,41 @@ def _run(
     )
 
 
+def _recorded(
+    client: PreludeClient,
+    data: _Data,
+    models: Sequence[EvaluatedModel],
+    found: Sequence[EvaluationResult],
+    options: AnswerOptions,
+    keeps_texts: bool,
+) -> tuple[list[dict[str, Any]], ClientError | None]:
+    """Record the evaluations of all models; those that were recorded, and why the others were not."""
+    recorded: list[dict[str, Any]] = []
+    try:
+        for evaluated, result in zip(models, found, strict=True):
+            kept = record_evaluation(
+                client,
+                data.examples,
+                evaluated,
+                result,
+                data=data.path,
+                sha256=data.sha256,
+                options=options,
+                keeps_texts=keeps_texts,
+            )
+            recorded.append(kept)
+    except ClientError as error:
+        return recorded, error
+    return recorded, None
+
+
 @contextmanager
-def _errors(*, as_json: bool) -> Iterator[None]:
+def data_errors(*, as_json: bool) -> Iterator[None]:
     """Report invalid data or a failed picture, one line per fault, and exit."""
     try:
         yield
-    except (DatasetError, PictureError) as error:
-        is_data = isinstance(error, DatasetError)
+    except (DatasetError, LabelsError, PictureError) as error:
+        is_data = not isinstance(error, PictureError)
         if as_json:
             code = "invalid_data" if is_data else "local"
             body = {"message": str(error), "type": "client_error", "param": None, "code": code}

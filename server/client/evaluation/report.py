@@ -11,9 +11,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from server.client.evaluation.scores import OTHER, Scores
-from server.client.evaluation.significance import CONFIDENCE, Comparison
 from server.client.tables import clean
+from server.evaluation.scores import OTHER, Scores
+from server.evaluation.significance import CONFIDENCE, Comparison
 
 
 class PictureError(Exception):

@@ -185,9 +185,11 @@ class DecodeGraphs:
         buffers: The buffers of the batches.
         max_rows: Rows of the largest batch.
         record: Records a forward pass.
+        logits: Those of other graphs of the same model, which are not used at the same time; None for separate ones.
 
     Attributes:
         sizes: Rows of the recorded batches, ascending.
+        logits: [largest size, vocabulary], where all graphs write their results.
 
     Raises:
         Exception: Of any kind, if a pass cannot be recorded.
@@ -199,17 +201,20 @@ class DecodeGraphs:
         buffers: DecodeBuffers,
         max_rows: int,
         record: Recorder,
+        *,
+        logits: torch.Tensor | None = None,
     ) -> None:
         self.sizes = batch_sizes(max_rows)
         self._buffers = buffers
         self._replays: dict[int, Callable[[], None]] = {}
         buffers.fill([], [], [], self.sizes[-1])
-        first = forward(buffers.batch(self.sizes[-1]))
-        # One tensor for all sizes: a step needs one, and separate ones would stay allocated.
-        self._logits = torch.empty_like(first)
+        if logits is None:
+            # One tensor for all sizes: a step needs one, and separate ones would stay allocated.
+            logits = torch.empty_like(forward(buffers.batch(self.sizes[-1])))
+        self.logits = logits
         # Largest first: the other graphs reuse its memory.
         for size in reversed(self.sizes):
-            self._replays[size] = record(_Pass(forward, buffers.batch(size), self._logits[:size]))
+            self._replays[size] = record(_Pass(forward, buffers.batch(size), self.logits[:size]))
 
     def run(
         self,
@@ -230,7 +235,7 @@ class DecodeGraphs:
             size = self.sizes[bisect_left(self.sizes, len(token_ids))]
         self._buffers.fill(token_ids, positions, tables, size)
         self._replays[size]()
-        return self._logits[: len(token_ids)]
+        return self.logits[: len(token_ids)]
 
 
 @dataclass(frozen=True, slots=True)

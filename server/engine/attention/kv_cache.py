@@ -167,9 +167,11 @@ def num_blocks_for(
         what = f"the {memory / 2**20:.0f} MiB of --kv-cache-memory"
     if num_blocks < blocks_per_seq:
         missing = (blocks_per_seq - num_blocks) * spec.block_bytes
+        most = max_model_len - (blocks_per_seq - num_blocks) * spec.block_size
+        fitting = f"; {most} positions would fit" if most > 0 else ""
         raise ValueError(
             f"one sequence of {max_model_len} positions needs {blocks_per_seq * spec.block_bytes / 2**20:.1f} MiB of "
             f"keys and values; {what} are {missing / 2**20:.1f} MiB too few: "
-            "raise --kv-cache-memory or lower --max-model-len"
+            f"raise --kv-cache-memory or lower --max-model-len{fitting}"
         )
     return num_blocks

@@ -49,6 +49,7 @@ class MemoryProfile:
         weights: The model, with all other tensors that stay.
         step: The tensors of the largest step at its peak.
         graphs: CUDA graphs.
+        adapters: What is kept for adapters.
     """
 
     total: int
@@ -56,11 +57,12 @@ class MemoryProfile:
     weights: int
     step: int
     graphs: int
+    adapters: int = 0
 
     @property
     def needed(self) -> int:
         """All but keys and values."""
-        return self.outside + self.weights + self.step + self.graphs
+        return self.outside + self.weights + self.step + self.graphs + self.adapters
 
     def num_blocks(self, spec: KVCacheSpec, *, utilization: float, max_model_len: int, max_num_seqs: int) -> int:
         """The number of blocks in the rest of the memory, at most ``max_blocks``.
@@ -84,14 +86,15 @@ class MemoryProfile:
                 f"one sequence of {max_model_len} positions needs {_gib(self.needed + keys_and_values)}: {self}, "
                 f"{_gib(keys_and_values)} for keys and values; {_gib(usable)} may be used, {utilization:g} of "
                 f"{_gib(self.total)}: raise --gpu-memory-utilization, or lower --max-model-len, "
-                "--max-num-batched-tokens or --max-num-seqs"
+                f"--max-num-batched-tokens{', --adapter-device-memory' if self.adapters else ''} or --max-num-seqs"
             )
         return min(num_blocks, max_blocks(spec, max_model_len, max_num_seqs))
 
     def __str__(self) -> str:
+        adapters = f"{_gib(self.adapters)} for adapters, " if self.adapters else ""
         return (
             f"{_gib(self.weights)} for the weights, {_gib(self.step)} for the largest step, {_gib(self.graphs)} for "
-            f"CUDA graphs, {_gib(self.outside)} outside of torch (CUDA and other processes)"
+            f"CUDA graphs, {adapters}{_gib(self.outside)} outside of torch (CUDA and other processes)"
         )
 
     def summary(self, spec: KVCacheSpec, num_blocks: int) -> str:

@@ -13,6 +13,7 @@ import torch
 from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.core import config
 from numba.extending import intrinsic, overload
+from numba.np.numpy_support import as_dtype
 
 from server.engine.cpu.amx_code import has_amx
 from server.engine.cpu.kernel_cache import kernel_cache
@@ -99,14 +100,14 @@ def array_at(_address: Any, _shape: Any, _kind: Any) -> Any:
     Args:
         _address: int64.
         _shape: Shape of the array.
-        _kind: One of ``KINDS``, for the element type.
+        _kind: An array of the same element type, such as one of ``KINDS``.
     """
     raise NotImplementedError
 
 
 @overload(array_at)
 def _overload_array_at(address, shape, kind):  # type: ignore[no-untyped-def]
-    dtype = np.uint16 if kind.dtype == types.uint16 else np.float32
+    dtype = as_dtype(kind.dtype)
     return lambda address, shape, kind: carray(_pointer(address), shape, dtype)
 
 

@@ -306,8 +306,8 @@ def divide_rows(groups: Sequence[Rows], block_size: int, num_threads: int, num_k
         for stop in [min(first + positions, chunk.stop)]
         for head in range(num_kv_heads)
     ]
-    divided_rows, bounds = _balance(rows, num_threads)
-    divided_units, unit_bounds = _balance(units, num_threads)
+    divided_rows, bounds = balance(rows, num_threads)
+    divided_units, unit_bounds = balance(units, num_threads)
     return KernelRows(
         slots=np.concatenate(slots).astype(np.int32),
         starts=starts,
@@ -320,7 +320,7 @@ def divide_rows(groups: Sequence[Rows], block_size: int, num_threads: int, num_k
     )
 
 
-def _balance(items: Sequence[tuple[int, Item]], num_threads: int) -> tuple[list[Item], Integers]:
+def balance(items: Sequence[tuple[int, Item]], num_threads: int) -> tuple[list[Item], Integers]:
     """Divide items, given their costs, among threads: the items in order, and the bounds of each thread's part."""
     shares: list[list[Item]] = [[] for _ in range(num_threads)]
     loads = [(0, thread) for thread in range(num_threads)]

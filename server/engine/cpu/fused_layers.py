@@ -20,6 +20,7 @@ from server.engine.cpu.packed_linear import PackedLinear
 from server.engine.layers.forms import Activation, norm_form
 from server.engine.layers.layer_probe import AttentionForm, Fusible, GatedForm, probe
 from server.engine.layers.replacement import Original, replace_modules, stacked
+from server.engine.layers.stacks import Stack
 from server.errors import EngineStartError
 
 _ACTIVATIONS: dict[Activation, int] = {"silu": row_kernels.SILU, "gelu_tanh": row_kernels.GELU_TANH}
@@ -101,6 +102,13 @@ class FusedMLP(nn.Module):
         row_kernels.gate(projected, self._activation, out)
         return self._down(out)
 
+    def stacks(self) -> list[Stack]:
+        """The products."""
+        return [
+            self._original.stack("gate_up_proj", "_gate_up", self.gate_up_proj),
+            self._original.stack("down_proj", "_down", self.down_proj),
+        ]
+
     def restored(self) -> nn.Module:
         """The replaced module, with its weights."""
         return self._original.restored(lambda name, sizes: getattr(self, name).unpacked(sizes))
@@ -145,6 +153,13 @@ class FusedAttention(nn.Module):
         out = self._workspace.rows(projected.shape[1], self.o_proj.in_features)
         self._backend.rotate_and_attend(projected, position_embeddings, self._layer, out)
         return self._o(out), None
+
+    def stacks(self) -> list[Stack]:
+        """The products."""
+        return [
+            self._original.stack("qkv_proj", "_qkv", self.qkv_proj),
+            self._original.stack("o_proj", "_o", self.o_proj),
+        ]
 
     def restored(self) -> nn.Module:
         """The replaced module, with its weights; its head norms stay fused."""

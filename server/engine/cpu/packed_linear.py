@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from server.engine.layers.forms import is_linear
 from server.engine.layers.replacement import plain, replace_modules, unstacked
 
 ROWS_HINT = 64
@@ -56,14 +57,18 @@ class PackedLinear(nn.Module):
         product: torch.Tensor = _product(rows, self._weight, self.bias, "none", [], "")
         return product
 
+    def dense(self) -> torch.Tensor:
+        """The weight [out_features, in_features], unpacked."""
+        weight: torch.Tensor = self._weight.to_dense()[:, : self.in_features]
+        return weight
+
     def unpacked(self, sizes: Sequence[int]) -> list[nn.Linear]:
         """The inverse of ``PackedLinear(stacked(linears))``: plain layers with bit-equal weights.
 
         Args:
             sizes: Output features of each layer.
         """
-        weight = self._weight.to_dense()[:, : self.in_features].contiguous()
-        return unstacked(plain(weight, self.bias), sizes)
+        return unstacked(plain(self.dense().contiguous(), self.bias), sizes)
 
 
 @cache
@@ -87,6 +92,10 @@ def has_fast_bfloat16() -> bool:
 def pack_linears(model: nn.Module) -> int:
     """Replace every plain ``nn.Linear`` of a model; returns the count.
 
-    Subclasses, such as quantised layers, stay.
+    Quantised layers stay.
     """
-    return replace_modules(model, lambda module: PackedLinear(module) if type(module) is nn.Linear else None)
+
+    def packed(module: nn.Module) -> PackedLinear | None:
+        return PackedLinear(module) if isinstance(module, nn.Linear) and is_linear(module) else None
+
+    return replace_modules(model, packed)

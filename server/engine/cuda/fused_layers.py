@@ -8,6 +8,7 @@ may be replaced is decided by its outputs (``layer_probe``), not by its name.
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ from server.engine.cuda.triton_launcher import use_prebuilt
 from server.engine.layers.forms import TOLERANCE, NormForm, norm_form
 from server.engine.layers.layer_probe import AttentionForm, Fusible, GatedForm, probe
 from server.engine.layers.replacement import Original, replace_modules, stacked, unstacked
+from server.engine.layers.stacks import Stack
 from server.errors import EngineStartError
 
 Positions = tuple[torch.Tensor, torch.Tensor]
@@ -97,6 +99,8 @@ class FusedMLP(nn.Module):
         self.gate_up_proj = stacked([getattr(mlp, name) for name in form.projections])
         self.down_proj = stacked([mlp.down_proj])
         self._original = Original(mlp, {"gate_up_proj": form.projections, "down_proj": ["down_proj"]})
+        self._gate_up = partial(_product, linear=self.gate_up_proj)
+        self._down = self._own_down = partial(_product, linear=self.down_proj)
         self._kernels = kernels
         width = self.down_proj.in_features
         block = min(_power_of_two(width), GATE_BLOCK)
@@ -106,15 +110,22 @@ class FusedMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., hidden] to [..., hidden]."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return _product(self._gated(rows), self.down_proj).view(hidden_states.shape)
+        return self._down(self._gated(rows)).view(hidden_states.shape)
 
     def add_to(self, total: torch.Tensor, rows: torch.Tensor) -> None:
         """Add the output of rows to ``total``; both are [rows, hidden]."""
         gated = self._gated(rows)
-        if _bias(self.down_proj) is not None:
-            total += _product(gated, self.down_proj)
+        if self._down is not self._own_down or _bias(self.down_proj) is not None:
+            total += self._down(gated)
         else:
             total.addmm_(gated, self.down_proj.weight.t())
+
+    def stacks(self) -> list[Stack]:
+        """The products."""
+        return [
+            self._original.stack("gate_up_proj", "_gate_up", self.gate_up_proj),
+            self._original.stack("down_proj", "_down", self.down_proj),
+        ]
 
     def restored(self) -> nn.Module:
         """The replaced module, with its weights."""
@@ -122,7 +133,7 @@ class FusedMLP(nn.Module):
 
     def _gated(self, rows: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] to [rows, width]: activated gates times ups."""
-        projected = _product(rows, self.gate_up_proj)
+        projected = self._gate_up(rows)
         out = projected.new_empty(len(rows), self.down_proj.in_features)
         self._kernels.gate[(len(rows), self._num_parts)](projected, out, **self._constants)
         return out
@@ -146,6 +157,7 @@ class FusedAttention(nn.Module):
         self.qkv_proj = stacked([getattr(attention, name) for name in form.projections])
         self.o_proj = stacked([attention.o_proj])
         self._original = Original(attention, {"qkv_proj": form.projections, "o_proj": ["o_proj"]})
+        self._qkv, self._o = (partial(_product, linear=linear) for linear in (self.qkv_proj, self.o_proj))
         self._kernels = kernels
         half = _power_of_two(form.head_dim // 2)
         num_heads = form.num_heads + 2 * form.num_kv_heads
@@ -198,7 +210,7 @@ class FusedAttention(nn.Module):
             if part.shape != (1, num_rows, form.head_dim) or part.dtype != rows.dtype:
                 raise NotImplementedError(f"rotary positions of shape {tuple(part.shape)}, {part.dtype}")
         cos, sin = (part.contiguous() for part in position_embeddings)
-        projected = _product(rows, self.qkv_proj)
+        projected = self._qkv(rows)
         # Without norms, the kernel does not read their factors.
         factors = (cos, cos) if form.norms is None else tuple(norm.factors for norm in form.norms)
         self._kernels.rotate_and_store[(num_rows, self._num_parts)](
@@ -213,7 +225,14 @@ class FusedAttention(nn.Module):
         )
         query = projected.view(num_rows, -1, form.head_dim)[:, : form.num_heads].transpose(0, 1)
         attended = self._backend.attend(query, layer, metadata, form.call)
-        return _product(attended.reshape(num_rows, -1), self.o_proj)
+        return self._o(attended.reshape(num_rows, -1))
+
+    def stacks(self) -> list[Stack]:
+        """The products."""
+        return [
+            self._original.stack("qkv_proj", "_qkv", self.qkv_proj),
+            self._original.stack("o_proj", "_o", self.o_proj),
+        ]
 
     def restored(self) -> nn.Module:
         """The replaced module, with its weights."""

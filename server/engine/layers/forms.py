@@ -90,6 +90,14 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is an instance of ``nn.Linear`` itself over a plain tensor.
+
+    Some libraries quantise a layer by a subclass of it (quanto), others by a subclass of its weight's (torchao).
+    """
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
+
+
 def are_plain(linears: Collection[nn.Module], shared: Collection[int]) -> bool:
     """Whether these are unhooked instances of ``nn.Linear`` itself, each with its own loaded weights.
 
@@ -98,7 +106,8 @@ def are_plain(linears: Collection[nn.Module], shared: Collection[int]) -> bool:
         shared: From ``shared_parameters``.
     """
     return all(
-        type(linear) is nn.Linear
+        isinstance(linear, nn.Linear)
+        and is_linear(linear)
         and not is_hooked(linear)
         and linear.weight.dtype in TOLERANCE
         and all(not weight.is_meta and id(weight) not in shared for weight in linear.parameters())

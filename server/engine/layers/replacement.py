@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from server.engine.layers.stacks import Stack
+
 
 class Original:
     """A replaced module without the weights of its linear layers; not a submodule of the model.
@@ -24,6 +26,16 @@ class Original:
         self._sizes = {name: [getattr(module, part).out_features for part in parts] for name, parts in stacks.items()}
         for name in itertools.chain(*stacks.values()):
             setattr(module, name, nn.Identity())
+
+    def stack(self, name: str, attribute: str, linear: nn.Module) -> Stack:
+        """A product of the fused module.
+
+        Args:
+            name: Its name in ``stacks``.
+            attribute: As ``Stack.attribute``.
+            linear: As ``Stack.linear``.
+        """
+        return Stack(attribute, linear, self._stacks[name], self._sizes[name])
 
     def restored(self, unstacked: Callable[[str, Sequence[int]], Sequence[nn.Linear]]) -> nn.Module:
         """The module with its linear layers.

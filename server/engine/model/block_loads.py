@@ -21,10 +21,10 @@ from server.engine.attention.kv_cache import KVCache
 from server.engine.attention.transfers import CopyStream, Mark, pins
 from server.engine.background_jobs import BackgroundJobs
 from server.engine.model.soft_prompts import SoftPromptLoader
-from server.engine.scheduling.block_manager import SoftPromptRun
 from server.engine.scheduling.plan import StepPlan
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.scheduling.sequence import Sequence
+from server.engine.scheduling.soft_prompt_run import SoftPromptRun
 
 PIECE_BYTES = 4 * 2**20
 """Bytes of a piece. The copies of a step may queue behind two pieces, which take about 0.3 ms over PCIe 4."""

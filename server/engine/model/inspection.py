@@ -1,4 +1,4 @@
-"""Inspection of soft prompts: norms, and the nearest vocabulary tokens."""
+"""Inspection of soft prompts and adapters: norms, and the nearest vocabulary tokens."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from server.engine.adapters.inspection import inspect_adapter
+from server.engine.adapters.reading import AdapterLoadError
 from server.engine.device_faults import raise_if_device_failed
-from server.engine.messages import Inspect, Inspected
+from server.engine.messages import AdapterInspection, Inspect, InspectAdapter, Inspected
 from server.engine.model.model_runner import ModelRunner
 from server.engine.model.soft_prompts import SoftPromptLoadError
 from server.engine.types import (
+    Capability,
     ErrorCode,
     InspectedLayer,
     InspectedRow,
@@ -61,7 +64,7 @@ class Inspector:
         self._on_device_error = on_device_error
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="inspector", initializer=_lower_priority)
 
-    def inspect(self, message: Inspect, on_inspected: Callable[[Inspected], None]) -> None:
+    def inspect(self, message: Inspect | InspectAdapter, on_inspected: Callable[[Inspected], None]) -> None:
         """Start an inspection.
 
         ``on_inspected`` is called once, from the thread, with the result or an error, unless the device fails.
@@ -72,11 +75,16 @@ class Inspector:
         """Finish the running inspection, drop waiting ones, and end the thread."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def _answer(self, message: Inspect, on_inspected: Callable[[Inspected], None]) -> None:
-        outcome: Inspection | RequestFailure
+    def _answer(self, message: Inspect | InspectAdapter, on_inspected: Callable[[Inspected], None]) -> None:
+        outcome: Inspection | AdapterInspection | RequestFailure
         try:
-            outcome = self._inspect(message.soft_prompt, message.num_nearest)
-        except SoftPromptLoadError as error:
+            if isinstance(message, Inspect):
+                outcome = self._inspect(message.soft_prompt, message.num_nearest)
+            elif self._runner.adapter_reader is None:
+                outcome = RequestFailure(ErrorCode.REFUSED, self._runner.info.refusal(Capability.ADAPTERS))
+            else:
+                outcome = inspect_adapter(self._runner.adapter_reader, message.adapter)
+        except (SoftPromptLoadError, AdapterLoadError) as error:
             outcome = RequestFailure(ErrorCode.FAILED, str(error))
         except Exception as error:
             logger.exception("an inspection failed")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from server.config import EngineSettings
+from server.engine.adapters.backend import AdapterBackend
+from server.engine.adapters.weights import AdapterWeights, PartChange
 from server.engine.attention.kv_cache import KVCache
 from server.engine.attention.memory import GIB, DeviceMemory, MemoryProfile, MemoryReading
 from server.engine.model.paged_model import PagedModel
@@ -47,6 +49,7 @@ class LargestStep:
         max_model_len: Positions of one sequence.
         max_num_seqs: Sequences of a step.
         max_num_batched_tokens: Rows of a step.
+        make_adapter: Makes an adapter, which all rows then have; None for a step without adapters.
     """
 
     paged_model: PagedModel
@@ -56,6 +59,7 @@ class LargestStep:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    make_adapter: Callable[[], AdapterWeights] | None = None
 
     def chunks(self) -> list[Chunk]:
         """The chunks of the step, decodes first; their blocks repeat."""
@@ -93,10 +97,11 @@ class LargestStep:
             last_rows.append(row - 1)
         spans = [(chunk.block_table, chunk.start, chunk.num_tokens) for chunk in chunks]
         embeds = self.embed(torch.zeros(1, num_rows, dtype=torch.long, device=cache.tensor.device))
+        adapters = None if self.make_adapter is None else [self.make_adapter()] * len(chunks)
         with self.scorer.watching(chunks) as kept:
-            logits = self.paged_model.forward(spans, {"inputs_embeds": embeds}, last_rows)
+            logits = self.paged_model.forward(spans, {"inputs_embeds": embeds}, last_rows, adapters)
         if kept and self.scorer.is_exact:
-            self.scorer.score(chunks, kept[0], lambda _: logits[:1])
+            self.scorer.score(chunks, kept[0], lambda _: logits[:1], adapters)
         blocks = [chunk.block_table[index] for chunk in chunks for index in chunk.shared]
         are_finite = cache.are_finite(blocks) if blocks else None
         masks = torch.ones(logits.shape, dtype=torch.bool, device=logits.device)  # as large as those of grammars
@@ -135,13 +140,26 @@ def _request(request_id: str, token_ids: list[int], params: SamplingParams) -> G
     return GenerateRequest(request_id=request_id, prompt_token_ids=token_ids, params=params)
 
 
-def measure(memory: DeviceMemory, without_graphs: MemoryReading, step: LargestStep) -> MemoryProfile:
+def widest_adapter(backend: AdapterBackend, dtype: torch.dtype, rank: int) -> AdapterWeights:
+    """An adapter that takes as much memory in a pass as any: of a rank, on the product of the most modules."""
+    product = max(backend.products, key=lambda one: (len(one.parts), one.in_features, one.index))
+    a = torch.zeros(rank, product.in_features, dtype=dtype)
+    changes = [
+        PartChange(part.start, part.size, a, torch.zeros(part.size, rank, dtype=dtype)) for part in product.parts
+    ]
+    return backend.place(backend.pack({product.index: changes}))
+
+
+def measure(
+    memory: DeviceMemory, without_graphs: MemoryReading, step: LargestStep, adapter_bytes: int = 0
+) -> MemoryProfile:
     """Run the largest step, and divide the memory in use.
 
     Args:
         memory: Reads the memory.
         without_graphs: The memory with the model and a cache, before graphs were recorded.
         step: The largest step, over the same cache.
+        adapter_bytes: What is kept for adapters.
 
     Raises:
         EngineStartError: If the step needs more than there is.
@@ -166,6 +184,7 @@ def measure(memory: DeviceMemory, without_graphs: MemoryReading, step: LargestSt
         weights=weights,
         step=peak - after.allocated,
         graphs=graphs,
+        adapters=adapter_bytes,
     )
 
 
@@ -200,10 +219,10 @@ def report(memory: DeviceMemory, profile: MemoryProfile, cache: KVCache, setting
     """Log how the memory is divided, and a warning if the largest step does not fit into what is left of it."""
     logger.info("%s", profile.summary(cache.spec, cache.num_blocks))
     left = memory.settle().free
-    if left < profile.step:
+    if left < profile.step + profile.adapters:
         logger.warning(
-            "the largest step needs %.2f GiB, and %.2f GiB are free: it may fail; lower %s",
-            profile.step / GIB,
+            "the largest step and adapters need %.2f GiB, and %.2f GiB are free: it may fail; lower %s",
+            (profile.step + profile.adapters) / GIB,
             left / GIB,
             "--gpu-memory-utilization" if settings.kv_cache_memory is None else "--kv-cache-memory",
         )

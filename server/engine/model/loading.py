@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
+from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -16,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from server.config import EngineSettings
+from server.config import GPU_MEMORY_UTILIZATION, EngineSettings
 from server.engine.model.platform import Platform
 from server.errors import EngineStartError
 
@@ -35,8 +38,7 @@ def load_model(settings: EngineSettings, platform: Platform) -> tuple[PreTrained
     model: PreTrainedModel
     loaded: dict[str, set[str]]
     try:
-        config = AutoConfig.from_pretrained(settings.model, revision=settings.revision, trust_remote_code=False)
-        _check_is_causal(config)
+        config = _load_config(settings)
         dtype: torch.dtype | str = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
         best = platform.best_dtype(config.dtype)
         if dtype == "auto" and best is not None and best is not config.dtype:
@@ -88,6 +90,26 @@ def _quant_method(config: PreTrainedConfig) -> str | None:
     return str(described.get("quant_method"))
 
 
+def _load_config(settings: EngineSettings) -> Any:
+    """The checkpoint's configuration.
+
+    Raises:
+        ValueError: If transformers does not know the type of model, or the model is no decoder without an encoder.
+    """
+    try:
+        config = AutoConfig.from_pretrained(settings.model, revision=settings.revision, trust_remote_code=False)
+    except ValueError as error:
+        found = re.search(r"model type `([^`]+)` but Transformers does not recognize", str(error))
+        if found is None:
+            raise
+        raise ValueError(
+            f"transformers {transformers.__version__} has no model of the type {found[1]!r}: a newer release may "
+            "have it, and vLLM has types of its own (--engine vllm)"
+        ) from error
+    _check_is_causal(config)
+    return config
+
+
 def _check_is_causal(config: PreTrainedConfig) -> None:
     """Check that a model is a decoder without an encoder.
 
@@ -130,3 +152,11 @@ def eos_token_ids_of(config: PreTrainedConfig, generation_config: GenerationConf
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+
+
+def check_utilization(utilization: float, *, is_measured: bool) -> None:
+    """Raises ``EngineStartError`` if the device's memory cannot be used to this fraction."""
+    if not 0.0 < utilization <= 1.0:
+        raise EngineStartError(f"--gpu-memory-utilization {utilization:g} must be above 0, and at most 1")
+    if not is_measured and utilization != GPU_MEMORY_UTILIZATION:
+        raise EngineStartError("--gpu-memory-utilization is for GPUs; on a CPU, set --kv-cache-memory instead")

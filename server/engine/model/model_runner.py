@@ -10,25 +10,33 @@ import torch
 from torch import nn
 from transformers.utils.generic import ModelOutput
 
-from server.config import GPU_MEMORY_UTILIZATION, EngineSettings
+from server.config import EngineSettings
+from server.engine.adapters.base_digests import base_digests
+from server.engine.adapters.classification_head import ClassificationHead
+from server.engine.adapters.loader import AdapterLoader, held_adapter_bytes
+from server.engine.adapters.reading import AdapterReader
+from server.engine.adapters.replays import DecodeReplays
+from server.engine.adapters.weights import AdapterWeights
 from server.engine.attention.backend import ATTENTION
-from server.engine.attention.decode_batch import MAX_ROWS, DecodeBuffers, DecodeGraphs
+from server.engine.attention.decode_batch import MAX_ROWS, DecodeBuffers
 from server.engine.attention.kv_cache import KVCache, KVCacheSpec, num_blocks_for
 from server.engine.attention.transfers import queue_copy, queue_to_host, to_device
+from server.engine.messages import OnStage, Stage, skip
+from server.engine.model.adapter_check import AdapterCheck
 from server.engine.model.classification_head import head_logits
 from server.engine.model.exactness import PROBE_TOLERANCE, ExactnessCheck, probe_blocks
 from server.engine.model.generation_config import read_generation_config
-from server.engine.model.largest_step import LargestStep, measure, report, resize_to_fit
-from server.engine.model.loading import eos_token_ids_of, load_model, max_model_len_of
+from server.engine.model.largest_step import LargestStep, measure, report, resize_to_fit, widest_adapter
+from server.engine.model.loading import check_utilization, eos_token_ids_of, load_model, max_model_len_of
 from server.engine.model.model_shape import config_value
-from server.engine.model.paged_model import PagedModel
+from server.engine.model.paged_model import Adapters, PagedModel
 from server.engine.model.platform import MakeBackend, Platform, choose_platform
 from server.engine.model.prompt_scoring import PromptScorer
 from server.engine.model.soft_prompts import SoftPromptLoader
 from server.engine.sampling.ensembles import merge_ensembles
 from server.engine.sampling.sampler import NO_TOKEN, Choice, Sampler
 from server.engine.scheduling.plan import Chunk, StepPlan
-from server.engine.types import Logprobs, ModelInfo, StepOutput
+from server.engine.types import ALL_CAPABILITIES, Capability, GenerateRequest, Logprobs, ModelInfo, StepOutput
 from server.errors import EngineStartError
 
 logger = logging.getLogger(__name__)
@@ -43,22 +51,30 @@ class ModelRunner:
     Args:
         settings: The model and the memory to use.
         platform: The device; None for the one in the settings.
+        on_stage: Called at the beginning of each stage of the start.
 
     Attributes:
         info: Facts about the loaded model.
         cache_spec: The shape of its keys and values.
         embed_tokens: The input embeddings: token ids [...] to [..., embedding width], with the model's scale.
+        adapter_reader: Reads adapters for this model; None if none are served.
+        held_adapter_bytes: Memory for the adapters of running sequences; 0 if none are served.
+        adapters: Has the weights of the adapters in a plan. Set by the engine.
 
     Raises:
         EngineStartError: If the model cannot be loaded or served exactly, or memory is short.
     """
 
-    def __init__(self, settings: EngineSettings, platform: Platform | None = None) -> None:
+    adapters: AdapterLoader | None = None
+
+    def __init__(self, settings: EngineSettings, platform: Platform | None = None, on_stage: OnStage = skip) -> None:
+        self._on_stage = on_stage
+        on_stage(Stage.LOADING)
         self.platform = platform or choose_platform(settings.device)
         self.device = self.platform.device
         self.platform.set_num_threads(settings.num_threads)
         memory = self.platform.device_memory()
-        _check_utilization(settings.gpu_memory_utilization, is_measured=memory is not None)
+        check_utilization(settings.gpu_memory_utilization, is_measured=memory is not None)
         self.model, config = load_model(settings, self.platform)
         self.dtype: torch.dtype = self.model.dtype
         max_model_len = max_model_len_of(settings.max_model_len, config)
@@ -66,7 +82,12 @@ class ModelRunner:
         # The check computes its references with the model's own attention and modules, so it comes first.
         check = ExactnessCheck(self.model, config, max_model_len, has_experts=has_experts)
         shape = check.shape
+        adapter_check = AdapterCheck(
+            self.model, max_model_len=max_model_len, vocab_size=check.vocab_size, has_experts=has_experts
+        )
         self.model.set_attn_implementation(ATTENTION)
+        digests = base_digests(self.model)  # before the weights are packed
+        on_stage(Stage.COMPILING)
         unfuse = self.platform.prepare(self.model)
         self.cache_spec = KVCacheSpec(
             shape.num_layers, shape.num_kv_heads, shape.head_dim, settings.block_size, self.dtype
@@ -78,6 +99,9 @@ class ModelRunner:
         self.backend = self.paged_model.backend
         without_graphs = None if memory is None else memory.settle()
         self._graphs = None if settings.enforce_eager else self._record_decodes(check)
+        # After the graphs, whose check reads the keys that the check of the backend has written.
+        adapter_check.connect(self.model, self.paged_model, self.platform.adapter_backend)
+        self._record_adapted(adapter_check)
         eos_token_ids = eos_token_ids_of(config, self.model.generation_config)
         generation = read_generation_config(
             self.model.generation_config if settings.generation_config == "auto" else None,
@@ -88,7 +112,7 @@ class ModelRunner:
         generation.log()
         self.sampler = Sampler(eos_token_ids, generation.rules, self.platform.largest)
         self.embed_tokens: nn.Module = self.model.get_input_embeddings()
-        self._scorer = PromptScorer(self.model)
+        self._scorer = PromptScorer(self.model, self.paged_model.adapting_head)
         with torch.inference_mode():
             ids = torch.arange(min(4, settings.block_size), device=self.device)
             spans, inputs = [([0], 0, len(ids))], {"input_ids": ids[None]}
@@ -97,6 +121,10 @@ class ModelRunner:
                 lambda: self.paged_model.forward_base(spans, inputs),
                 PROBE_TOLERANCE[self.dtype],
             )
+        adapter_backend = self.paged_model.adapter_backend
+        self.held_adapter_bytes = 0
+        if adapter_backend is not None:
+            self.held_adapter_bytes = held_adapter_bytes(settings, has_own_memory=self.platform.has_own_memory)
         if memory is not None and without_graphs is not None:
             step = LargestStep(
                 paged_model=self.paged_model,
@@ -106,22 +134,35 @@ class ModelRunner:
                 max_model_len=max_model_len,
                 max_num_seqs=settings.max_num_seqs,
                 max_num_batched_tokens=settings.max_num_batched_tokens,
+                make_adapter=None
+                if adapter_backend is None
+                else partial(widest_adapter, adapter_backend, self.dtype, settings.max_adapter_rank),
             )
-            profile = measure(memory, without_graphs, step)
+            adapter_bytes = 0 if adapter_backend is None else settings.adapter_device_bytes
+            profile = measure(memory, without_graphs, step, adapter_bytes)
             if settings.kv_cache_memory is None:
                 has_graphs = self._graphs is not None
                 self._graphs = None  # they use the address of the small cache
                 resize_to_fit(self.cache, memory, profile, settings, max_model_len)
                 self._check_served(check, self.paged_model, num_heads)
                 self._graphs = self._record_decodes(check) if has_graphs else None
+                self._record_adapted(adapter_check)
             report(memory, profile, self.cache, settings)
+        adapter_check.release()
         if self._graphs is not None:
             logger.info("decode steps of up to %d sequences use CUDA graphs", self._graphs.sizes[-1])
+        embedding_width = int(self.embed_tokens(torch.zeros(1, dtype=torch.long, device=self.device)).shape[-1])
+        hidden_size = config_value(config, "hidden_size")
+        self.adapter_reader: AdapterReader | None = None
+        if adapter_backend is not None:
+            self.adapter_reader = AdapterReader(
+                adapter_backend, self.dtype, head_width=hidden_size or embedding_width
+            )
         self.info = ModelInfo(
             architecture=type(self.model).__name__,
             dtype=str(self.dtype).removeprefix("torch."),
             device=self.platform.name,
-            embedding_width=int(self.embed_tokens(torch.zeros(1, dtype=torch.long, device=self.device)).shape[-1]),
+            embedding_width=embedding_width,
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
@@ -129,9 +170,16 @@ class ModelRunner:
             max_model_len=max_model_len,
             block_size=settings.block_size,
             num_blocks=self.cache.num_blocks,
+            block_bytes=self.cache.spec.block_bytes,
             eos_token_ids=eos_token_ids,
-            hidden_size=config_value(config, "hidden_size"),
+            hidden_size=hidden_size,
             generation_defaults=generation.defaults,
+            capabilities=ALL_CAPABILITIES if adapter_backend is None else (*ALL_CAPABILITIES, Capability.ADAPTERS),
+            modules={} if adapter_check.off is not None else adapter_check.modules,
+            adapters_off=adapter_check.off,
+            max_adapter_parameters=self.held_adapter_bytes // self.dtype.itemsize,
+            base_digests=digests,
+            num_threads=self.platform.num_threads,
         )
 
     @property
@@ -139,10 +187,19 @@ class ModelRunner:
         """Whether the logits at all positions of a text can be computed."""
         return self._scorer.is_exact
 
+    @property
+    def records_adapters(self) -> bool:
+        """Whether decode steps with adapters are CUDA graphs."""
+        return self._graphs is not None and self._graphs.has_adapted
+
     def replays(self, chunks: Sequence[Chunk]) -> bool:
         """Whether a step is one CUDA graph, so that it is queued in a fraction of the time of its launches."""
         graphs = self._graphs
-        return graphs is not None and len(chunks) <= graphs.sizes[-1] and all(one.num_tokens == 1 for one in chunks)
+        return (
+            graphs is not None
+            and all(one.num_tokens == 1 for one in chunks)
+            and graphs.takes(len(chunks), self._adapters_of(chunks))
+        )
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, soft_prompts: SoftPromptLoader) -> Callable[[], StepOutput]:
@@ -186,8 +243,13 @@ class ModelRunner:
         scores: dict[str, list[Logprobs | None]] = {}
         class_logits: dict[str, list[float]] = {}
         if kept:
-            class_logits = head_logits(chunks, kept[0][0], soft_prompts.head)
-            scores = self._scorer.score(chunks, kept[0], lambda chunk: self._boundary_logits(chunk, soft_prompts))
+            class_logits = head_logits(chunks, kept[0][0], partial(self._head, soft_prompts))
+            scores = self._scorer.score(
+                chunks,
+                kept[0],
+                lambda chunk: self._boundary_logits(chunk, soft_prompts),
+                self._adapters_of(chunks),
+            )
         tokens, logprobs = choice()
         spoiled = {} if are_finite is None else self._spoiled(chunks, are_finite().tolist())
         return StepOutput(tokens, logprobs, scores, class_logits, spoiled)
@@ -236,6 +298,7 @@ class ModelRunner:
             raise EngineStartError(f"the attention kernels cannot be imported: {error}") from error
         paged = PagedModel(self.model, backend, self._buffers)
         self.platform.bind(self.model, backend)
+        self._on_stage(Stage.CHECKING)
         self._check_served(check, paged, num_heads)
         return paged
 
@@ -248,8 +311,11 @@ class ModelRunner:
         check.run_decodes(paged.launch_decodes, [min(2, self._buffers.max_rows)])
         self.platform.check_kernels(backend, num_heads)
 
-    def _record_decodes(self, check: ExactnessCheck) -> DecodeGraphs | None:
+    def _record_decodes(self, check: ExactnessCheck) -> DecodeReplays | None:
         """Record decode steps; None if the device, the backend or the model does not allow it.
+
+        Args:
+            check: The check that ``_check_served`` ran last; its keys are still in the cache.
 
         Raises:
             EngineStartError: If the device cannot be used after a failed attempt.
@@ -260,20 +326,45 @@ class ModelRunner:
         max_rows = min(self._buffers.max_rows, MAX_ROWS)
         try:
             with torch.inference_mode():
-                graphs = DecodeGraphs(self.paged_model.forward_decodes, self._buffers, max_rows, record)
+                graphs = DecodeReplays(self.paged_model.forward_decodes, self._buffers, max_rows, record)
                 check.run_decodes(graphs.run, graphs.sizes)
         except Exception as error:  # a model that cannot be recorded runs without graphs
-            reason = f"{type(error).__name__}: {error}"
-            try:
-                self.platform.check_device()
-            except Exception as fault:
-                raise EngineStartError(
-                    f"decode steps cannot be recorded in CUDA graphs ({reason}), and the device cannot be used after "
-                    f"the attempt ({type(fault).__name__}: {fault}); start the server with --enforce-eager"
-                ) from error
-            logger.warning("decode steps do not use CUDA graphs, which is slower: %s", reason)
+            self._end_recording("decode steps", error)
             return None
         return graphs
+
+    def _record_adapted(self, check: AdapterCheck) -> None:
+        """Record decode steps with adapters, if others are recorded and the model can have adapters.
+
+        Raises:
+            EngineStartError: As ``_record_decodes``.
+        """
+        graphs, backend = self._graphs, self.paged_model.adapter_backend
+        if graphs is None or backend is None:
+            return
+        try:
+            with torch.inference_mode():
+                if graphs.record_adapted(backend):
+                    check.check_replays(self.paged_model, graphs)
+        except Exception as error:
+            graphs.drop_adapted()
+            self._end_recording("decode steps with adapters", error)
+
+    def _end_recording(self, what: str, error: Exception) -> None:
+        """Go on after a recording that failed.
+
+        Raises:
+            EngineStartError: If the device cannot be used any more.
+        """
+        reason = f"{type(error).__name__}: {error}"
+        try:
+            self.platform.check_device()
+        except Exception as fault:
+            raise EngineStartError(
+                f"{what} cannot be recorded in CUDA graphs ({reason}), and the device cannot be used after "
+                f"the attempt ({type(fault).__name__}: {fault}); start the server with --enforce-eager"
+            ) from error
+        logger.warning("%s do not use CUDA graphs, which is slower: %s", what, reason)
 
     def _check_shared(self, chunks: Sequence[Chunk]) -> Callable[[], torch.Tensor] | None:
         """``KVCache.are_finite`` of all blocks that the chunks share with later sequences; None if there are none."""
@@ -304,9 +395,27 @@ class ModelRunner:
         seqs = [chunk.seq for chunk in chunks if chunk.seq is not None]
         token_ids = [seq.token_ids[-1] for seq in seqs]
         positions, tables = [chunk.start for chunk in chunks], [chunk.block_table for chunk in chunks]
-        if self._graphs is not None and len(chunks) <= self._graphs.sizes[-1]:
-            return self._graphs.run(token_ids, positions, tables)
-        return self.paged_model.launch_decodes(token_ids, positions, tables, len(chunks))
+        adapters = self._adapters_of(chunks)
+        if self._graphs is not None and self._graphs.takes(len(chunks), adapters):
+            return self._graphs.run(token_ids, positions, tables, adapters=adapters)
+        return self.paged_model.launch_decodes(token_ids, positions, tables, len(chunks), adapters)
+
+    def _adapters_of(self, chunks: Sequence[Chunk]) -> list[AdapterWeights | None] | None:
+        """The adapter of each chunk; None if none has one."""
+        adapters = self.adapters
+        if adapters is None or not adapters.memory.is_used or all(chunk.adapter is None for chunk in chunks):
+            return None
+        return [None if (source := chunk.adapter) is None else adapters.weights(source) for chunk in chunks]
+
+    def _head(self, soft_prompts: SoftPromptLoader, request: GenerateRequest) -> ClassificationHead:
+        """The classification head of a request's soft prompt, or else of its adapter."""
+        soft_prompt, adapter = request.soft_prompt, request.adapter
+        if soft_prompt is not None and soft_prompt.num_labels is not None:
+            return soft_prompts.head(soft_prompt)
+        head = None if adapter is None or self.adapters is None else self.adapters.weights(adapter).head
+        if head is None:
+            raise AssertionError(f"{request.request_id} has no classification head")
+        return head
 
     def _launch(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> torch.Tensor:
         """Logits [chunks that need them, vocabulary] of any step; [0] or arbitrary if no chunk does."""
@@ -317,11 +426,12 @@ class ModelRunner:
             if chunk.needs_logits:
                 last_rows.append(row - 1)
         spans = [(chunk.block_table, chunk.start, chunk.num_tokens) for chunk in chunks]
-        inputs = self._inputs(chunks, soft_prompts)
+        adapters = self._adapters_of(chunks)
+        inputs = self._inputs(chunks, soft_prompts, adapters)
         if not last_rows and self._scorer.base_suffices:
-            self.paged_model.forward_base(spans, inputs)
+            self.paged_model.forward_base(spans, inputs, adapters)
             return torch.empty(0, device=self.device)
-        return self.paged_model.forward(spans, inputs, last_rows or [row - 1])
+        return self.paged_model.forward(spans, inputs, last_rows or [row - 1], adapters)
 
     def _choose(self, logits: torch.Tensor, chunks: Sequence[Chunk]) -> Callable[[], Choice]:
         """Queue the choice of tokens and logprobs as in ``StepOutput``, from the logits of the chunks that need them.
@@ -344,7 +454,9 @@ class ModelRunner:
 
         return choice
 
-    def _inputs(self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader) -> dict[str, torch.Tensor]:
+    def _inputs(
+        self, chunks: Sequence[Chunk], soft_prompts: SoftPromptLoader, adapters: Adapters | None
+    ) -> dict[str, torch.Tensor]:
         """Token ids [1, rows], or embeddings [1, rows, width] if the step computes virtual tokens."""
         token_ids: list[int] = []
         splices: list[tuple[int, torch.Tensor]] = []
@@ -360,7 +472,7 @@ class ModelRunner:
         ids = to_device([token_ids], self.device)
         if not splices:
             return {"input_ids": ids}
-        embeds: torch.Tensor = self.embed_tokens(ids)
+        embeds = self.paged_model.embed(ids, [chunk.num_tokens for chunk in chunks], adapters)
         for first, rows in splices:
             embeds[0, first : first + len(rows)] = rows.to(embeds)
         return {"inputs_embeds": embeds}
@@ -378,14 +490,8 @@ class ModelRunner:
         try:
             # A copy, because some models scale their inputs in place.
             inputs = {"inputs_embeds": rows[None].clone()}
-            return self.paged_model.forward([(chunk.block_table, position, 1)], inputs, [0])
+            return self.paged_model.forward(
+                [(chunk.block_table, position, 1)], inputs, [0], self._adapters_of([chunk])
+            )
         finally:
             self.cache.tensor[:, :, block] = kept
-
-
-def _check_utilization(utilization: float, *, is_measured: bool) -> None:
-    """Raises ``EngineStartError`` if the device's memory cannot be used to this fraction."""
-    if not 0.0 < utilization <= 1.0:
-        raise EngineStartError(f"--gpu-memory-utilization {utilization:g} must be above 0, and at most 1")
-    if not is_measured and utilization != GPU_MEMORY_UTILIZATION:
-        raise EngineStartError("--gpu-memory-utilization is for GPUs; on a CPU, set --kv-cache-memory instead")

@@ -10,16 +10,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from server.engine.adapters.backend import AdapterBackend, PlainAdapters
+from server.engine.adapters.products import Product
 from server.engine.attention.backend import AttentionBackend, SDPABackend
 from server.engine.attention.decode_batch import Recorder
 from server.engine.attention.kv_cache import KVCache
 from server.engine.attention.memory import DeviceMemory
 from server.engine.attention.transfers import CopyStream
+from server.engine.host_memory import available_host_memory
 from server.engine.model.exactness import check_kernels
 from server.engine.sampling.sampler import Largest, torch_largest
 from server.errors import EngineStartError
@@ -43,10 +45,15 @@ class Platform:
 
     Attributes:
         largest: Returns each row's largest logit and its token, like ``torch_largest``.
+        batch_step_tokens: Maximum of tokens of the tier ``batch`` in a step: large enough to use the device, and
+            small enough for short steps, which arriving requests wait for.
+        has_own_memory: Whether what it computes with is copied from the host's memory to its own.
         overlaps_host: Whether queued operations run while the host goes on, so that it can prepare the next step.
     """
 
+    has_own_memory = False
     overlaps_host = False
+    batch_step_tokens = 512
 
     def __init__(self, device: torch.device, backends: Sequence[MakeBackend] = (SDPABackend,)) -> None:
         self.device = device
@@ -57,6 +64,11 @@ class Platform:
     def name(self) -> str:
         """The kind of device, by torch's name."""
         return self.device.type
+
+    @property
+    def num_threads(self) -> int:
+        """The threads that compute the model; 0 if the host does not compute it."""
+        return 0 if self.has_own_memory else torch.get_num_threads()
 
     def set_num_threads(self, number: int | None) -> None:
         """Set the threads of operations on the host; None leaves torch's choice."""
@@ -69,7 +81,7 @@ class Platform:
 
     def free_memory(self) -> tuple[int, float]:
         """Free bytes, and the fraction that keys and values take by default, if there is no ``device_memory``."""
-        return _available_host_memory(), CPU_DEFAULT_FRACTION
+        return available_host_memory(), CPU_DEFAULT_FRACTION
 
     def device_memory(self) -> DeviceMemory | None:
         """Reads the device's memory, to give keys and values what the largest step leaves; None if nothing can."""
@@ -91,6 +103,19 @@ class Platform:
         Raises:
             EngineStartError: If they do not work with this backend.
         """
+
+    def adapter_backend(
+        self, products: Sequence[Product], device: torch.device, dtype: torch.dtype
+    ) -> AdapterBackend:
+        """Computes the products of steps with adapters.
+
+        Args:
+            products: The products of the served model.
+            device: The device of the model.
+            dtype: The serving dtype.
+        """
+        del dtype
+        return PlainAdapters(products, device)
 
     def check_kernels(self, backend: AttentionBackend, num_heads: int) -> None:
         """Check a backend over more keys than the texts of ``ExactnessCheck`` have.
@@ -128,6 +153,8 @@ class CPUPlatform(Platform):
         has_fast_bfloat16: Whether the processor multiplies bfloat16 faster than float32.
     """
 
+    batch_step_tokens = 64
+
     def __init__(self) -> None:
         from server.engine.cpu.packed_linear import can_pack, has_fast_bfloat16, pack_linears
 
@@ -137,6 +164,7 @@ class CPUPlatform(Platform):
         self._pack_linears = pack_linears
         self._has_kernels = False
         try:
+            from server.engine.cpu.adapter_backend import make_adapters
             from server.engine.cpu.compiled import set_num_threads
             from server.engine.cpu.cpu_attention import make_backend
             from server.engine.cpu.fused_layers import bind, fuse_layers, unfuse_layers
@@ -151,7 +179,7 @@ class CPUPlatform(Platform):
             return
         self._has_kernels = True
         self.backends = (make_backend,)
-        self._set_num_threads, self._bind = set_num_threads, bind
+        self._set_num_threads, self._bind, self._make_adapters = set_num_threads, bind, make_adapters
         self._fuse_layers, self._unfuse_layers = fuse_layers, unfuse_layers
         self._can_compile, self._compiled_largest = can_compile, largest
         self.largest = self._largest
@@ -186,6 +214,14 @@ class CPUPlatform(Platform):
         if self._has_kernels:
             self._bind(model, backend)
 
+    def adapter_backend(
+        self, products: Sequence[Product], device: torch.device, dtype: torch.dtype
+    ) -> AdapterBackend:
+        """Compiled kernels if Numba is installed; see the base class."""
+        if self._has_kernels:
+            return self._make_adapters(products, device, dtype)
+        return super().adapter_backend(products, device, dtype)
+
     def _largest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._can_compile(logits.dtype):
             return self._compiled_largest(logits.contiguous())
@@ -202,11 +238,13 @@ class CUDAPlatform(Platform):
         EngineStartError: If torch finds no CUDA device.
     """
 
+    has_own_memory = True
     overlaps_host = True
 
     def __init__(self, device: torch.device | None = None) -> None:
         if not torch.cuda.is_available():
-            raise EngineStartError("--device cuda: torch finds no CUDA device")
+            raise EngineStartError(f"--device cuda: torch finds no CUDA device: {_why_no_cuda()}")
+        from server.engine.cuda.adapter_backend import make_adapters
         from server.engine.cuda.copy_stream import CUDACopyStream
         from server.engine.cuda.device_memory import CUDAMemory
         from server.engine.cuda.fused_layers import bind, fuse_layers, unfuse_layers
@@ -217,6 +255,7 @@ class CUDAPlatform(Platform):
         num_processors = torch.cuda.get_device_properties(device).multi_processor_count
         super().__init__(device, (partial(TritonBackend, num_processors=num_processors), SDPABackend))
         self._recorder, self._copy_stream = CUDARecorder, CUDACopyStream
+        self._make_adapters = partial(make_adapters, num_processors=num_processors)
         self._device_memory = CUDAMemory
         self._fuse_layers, self._unfuse_layers, self._bind = fuse_layers, unfuse_layers, bind
 
@@ -234,6 +273,12 @@ class CUDAPlatform(Platform):
     def bind(self, model: PreTrainedModel, backend: AttentionBackend) -> None:
         """Set the backend of fused attention; see the base class."""
         self._bind(model, backend)
+
+    def adapter_backend(
+        self, products: Sequence[Product], device: torch.device, dtype: torch.dtype
+    ) -> AdapterBackend:
+        """Triton's kernels; see the base class."""
+        return self._make_adapters(products, device, dtype, stream=self.copy_stream())
 
     def check_kernels(self, backend: AttentionBackend, num_heads: int) -> None:
         """Compare Triton's kernels with torch's attention over many keys; see the base class."""
@@ -255,6 +300,17 @@ class CUDAPlatform(Platform):
         torch.cuda.empty_cache()
 
 
+def _why_no_cuda() -> str:
+    """Why torch finds no GPU, and what to do."""
+    built_for = torch.version.cuda
+    if built_for is None:
+        return f"torch {torch.__version__} is built without CUDA; install torch's CUDA build, or use --device cpu"
+    return (
+        f"torch {torch.__version__} is built for CUDA {built_for}, and finds no GPU or a driver that is older "
+        "(nvidia-smi shows both); prelude doctor says more"
+    )
+
+
 def choose_platform(device: str) -> Platform:
     """The platform of a device.
 
@@ -267,13 +323,3 @@ def choose_platform(device: str) -> Platform:
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return CUDAPlatform()
     return CPUPlatform()
-
-
-def _available_host_memory() -> int:
-    """MemAvailable, or the rest of the control group's limit if that is less (in containers)."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, max(0, int(text) - int(used.read_text())))
-    return available

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from server.engine.adapters.weights import AdapterWeights
 from server.engine.model.classification_head import wants_head
+from server.engine.model.paged_model import Adapters
 from server.engine.sampling.logprobs import logprobs_of
 from server.engine.scheduling.plan import Chunk
 from server.engine.types import Logprobs
@@ -24,7 +26,7 @@ MAX_ROWS = 256
 """Rows of logits computed at once; all of a long prefill's could be gigabytes."""
 
 MAX_BOUNDARIES = 32
-"""Number of soft prompts whose last row of logits is cached."""
+"""Number of soft prompts, each under one adapter or none, whose last row of logits is cached."""
 
 
 class PromptScorer:
@@ -36,6 +38,7 @@ class PromptScorer:
 
     Args:
         model: The model; its base model is the submodule ``base_model_prefix``.
+        adapting_head: As of ``PagedModel``.
 
     Attributes:
         is_exact: Whether ``check`` found that it computes the model's own logits.
@@ -43,8 +46,13 @@ class PromptScorer:
             a pass that needs no logits needs nothing else.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapting_head: Callable[[Adapters], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ) -> None:
         self._model = model
+        self._adapting_head = adapting_head
         self._base: nn.Module = model.base_model
         self.is_exact = self.base_suffices = False
         self._boundaries: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -86,7 +94,11 @@ class PromptScorer:
             self.is_exact = self.base_suffices = False
 
     def score(
-        self, chunks: Sequence[Chunk], output: ModelOutput, boundary: Callable[[Chunk], torch.Tensor]
+        self,
+        chunks: Sequence[Chunk],
+        output: ModelOutput,
+        boundary: Callable[[Chunk], torch.Tensor],
+        adapters: Adapters | None = None,
     ) -> dict[str, list[Logprobs | None]]:
         """The prompt logprobs that a forward pass adds to its sequences.
 
@@ -95,14 +107,16 @@ class PromptScorer:
             output: The output of the base model, with hidden states [1, rows, width].
             boundary: Returns the logits [1, vocabulary] at the last virtual token before a chunk that starts with a
                 text's first token.
+            adapters: The adapter of each chunk; None if none has one.
 
         Returns:
             New entries by request id.
         """
         result: dict[str, list[Logprobs | None]] = {}
         targets: list[tuple[str, int, int, int]] = []
+        of_targets: list[AdapterWeights | None] = []
         first_row = 0
-        for chunk in chunks:
+        for chunk, adapter in zip(chunks, adapters or [None] * len(chunks), strict=True):
             seq = chunk.seq
             if seq is not None and _wants(chunk):
                 num_top = seq.request.params.prompt_logprobs or 0
@@ -116,10 +130,12 @@ class PromptScorer:
                 for position in range(first, last):
                     token = seq.token_ids[position + 1 - seq.num_virtual_tokens]
                     targets.append((seq.request_id, first_row + position - chunk.start, token, num_top))
+                    of_targets.append(adapter)
             first_row += chunk.num_tokens
         for start in range(0, len(targets), MAX_ROWS):
             ids, rows, tokens, num_top_of = zip(*targets[start : start + MAX_ROWS], strict=True)
-            logits = self._logits(output, rows)
+            with self._adapting_head(of_targets[start : start + MAX_ROWS]):
+                logits = self._logits(output, rows)
             for request_id, entry in zip(ids, logprobs_of(logits, tokens, num_top_of), strict=True):
                 result[request_id].append(entry)
         return result
@@ -128,7 +144,7 @@ class PromptScorer:
         seq = chunk.seq
         if seq is None or seq.request.soft_prompt is None or seq.request.soft_prompt.is_key_values:
             return None
-        identity = seq.request.soft_prompt.identity
+        identity = seq.flow  # the adapter changes the logits, too
         if identity not in self._boundaries:
             self._boundaries[identity] = boundary(chunk)
             if len(self._boundaries) > MAX_BOUNDARIES:

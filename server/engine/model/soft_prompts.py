@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,10 @@ from safetensors import safe_open
 
 from prompt_store.histogram import LOAD_SECONDS_BOUNDS, Histogram
 from prompt_store.types import ROWS_TENSOR, TASK_COLS_TENSOR, TASK_ROWS_TENSOR
+from server.engine.adapters.classification_head import ClassificationHead, read_head
 from server.engine.background_jobs import BackgroundJobs
-from server.engine.model.classification_head import ClassificationHead, read_head
-from server.engine.types import HostTierStats, SoftPromptSource
+from server.engine.stats import EngineTierStats
+from server.engine.types import SoftPromptSource
 
 
 class SoftPromptLoadError(Exception):
@@ -78,9 +79,9 @@ class SoftPromptLoader:
         )
 
     @property
-    def stats(self) -> HostTierStats:
+    def stats(self) -> EngineTierStats:
         """The current state, and counters since the start."""
-        return HostTierStats(
+        return EngineTierStats(
             resident=self._num_resident,
             resident_bytes=self._resident_bytes,
             hits=self._hits,
@@ -88,6 +89,14 @@ class SoftPromptLoader:
             evictions=self._evictions,
             load_seconds=self._load_seconds,
         )
+
+    @property
+    def digests(self) -> Iterator[str]:
+        """Digests of what is in memory: first what is used or pinned, then the rest, the last used first."""
+        yield from dict.fromkeys(
+            entry.source.digest for entry in self._entries.values() if entry.ref_count and entry.rows is not None
+        )
+        yield from dict.fromkeys(self._entries[identity].source.digest for identity in reversed(self._idle))
 
     def acquire(self, source: SoftPromptSource) -> bool:
         """Refer to a soft prompt, and start to read it if it is not in memory.

@@ -5,18 +5,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
 import msgspec
 
 from server.config import EngineSettings
-from server.engine.messages import AbortRequest, Inspect, Inspected, Pin, Shutdown, StepOutputs, ToEngine, Unpin
-from server.engine.process.connection import STOP_SECONDS, EngineConnection, launch
+from server.engine.messages import (
+    AbortRequest,
+    AdapterInspection,
+    BatchPicture,
+    Exposition,
+    Inspect,
+    InspectAdapter,
+    Inspected,
+    Pin,
+    PinAdapter,
+    Shutdown,
+    StepOutputs,
+    ToEngine,
+    Unpin,
+    UnpinAdapter,
+)
+from server.engine.process.connection import EngineConnection, launch
 from server.engine.process.cumulative_stats import add_counters, counters_of
+from server.engine.process.started_process import STOP_SECONDS
 from server.engine.process.supervision import Backoff, StepWatch
+from server.engine.process.watching import EngineView
+from server.engine.stats import EngineStats
 from server.engine.types import (
+    AdapterSource,
     Capability,
-    EngineStats,
     ErrorCode,
     GenerateRequest,
     Inspection,
@@ -82,6 +101,7 @@ class AsyncEngine:
         self._connection: EngineConnection | None = None
         self._supervising: asyncio.Task[None] | None = None
         self._outage: str | None = None
+        self._since = 0.0
         self._on_restarted: list[Callable[[], None]] = []
         self._restarting: asyncio.Task[None] | None = None
         self._poll_seconds = settings.step_timeout / _POLLS_PER_TIMEOUT
@@ -89,11 +109,13 @@ class AsyncEngine:
         self._ended = EngineStats()
         """Counters of the processes that have ended."""
         self._stats = EngineStats()
+        self._exposition = ""
         self._queues: dict[str, asyncio.Queue[TokenEvent | EngineError]] = {}
-        self._inspections: dict[int, asyncio.Future[Inspection]] = {}
-        self._pinned: dict[str, SoftPromptSource] = {}
+        self._inspections: dict[int, asyncio.Future[Inspection | AdapterInspection]] = {}
+        self._pinned: dict[str, SoftPromptSource | AdapterSource] = {}
         self._num_inspections = 0
         self._num_prepared = 0
+        self._view = EngineView(self._send)
         self._draining = False
         self._idle = asyncio.Event()
 
@@ -115,9 +137,26 @@ class AsyncEngine:
         return self._outage
 
     @property
+    def since(self) -> float:
+        """Unix time in seconds at which the engine became ready, or its outage began."""
+        return self._since
+
+    @property
     def stats(self) -> EngineStats:
         """The engine's state after its newest step. Counters keep counting across restarts."""
         return self._stats
+
+    async def look(self) -> BatchPicture:
+        """The running batch; see ``Engine.look``."""
+        self._require_ready()
+        if Capability.BATCH_PICTURE not in self.model.capabilities:
+            raise UnsupportedByEngineError(self.model.refusal(Capability.BATCH_PICTURE))
+        return await self._view.look()
+
+    @property
+    def exposition(self) -> str:
+        """Metrics that the engine has beside ``stats``, in Prometheus' text format; empty if there are none."""
+        return self._exposition
 
     def subscribe(self, on_restarted: Callable[[], None]) -> None:
         """Call a function after each restart, before the engine accepts another request."""
@@ -152,40 +191,61 @@ class AsyncEngine:
             if not has_ended:
                 self._send(AbortRequest(request.request_id))
 
-    async def prepare(self, soft_prompt: SoftPromptSource) -> None:
-        """Load a soft prompt onto the device, by generating one token after one token of text."""
+    async def prepare(self, soft_prompt: SoftPromptSource | None, adapter: AdapterSource | None = None) -> None:
+        """Load a soft prompt, an adapter or both onto the device, by generating one token after a text of one."""
         self._num_prepared += 1
         request = GenerateRequest(
             request_id=f"prepare-{self._num_prepared}",
             prompt_token_ids=[0],
             params=SamplingParams(max_tokens=1, temperature=0.0),
             soft_prompt=soft_prompt,
+            adapter=adapter,
         )
         async for _ in self.generate(request):
             pass
 
-    def pin(self, soft_prompt: SoftPromptSource) -> None:
-        """Keep a soft prompt's rows in the engine's host memory, also after a restart."""
-        self._pinned[soft_prompt.identity] = soft_prompt
-        self._send(Pin(soft_prompt))
+    def pin(self, source: SoftPromptSource | AdapterSource) -> None:
+        """Keep a soft prompt's rows, or an adapter, in the engine's host memory, also after a restart."""
+        self._pinned[source.identity] = source
+        self._send(_pin(source))
 
-    def unpin(self, soft_prompt: SoftPromptSource) -> None:
+    def unpin(self, source: SoftPromptSource | AdapterSource) -> None:
         """End a pin."""
-        self._pinned.pop(soft_prompt.identity, None)
-        self._send(Unpin(soft_prompt))
+        self._pinned.pop(source.identity, None)
+        self._send(UnpinAdapter(source) if isinstance(source, AdapterSource) else Unpin(source))
 
     async def inspect(self, soft_prompt: SoftPromptSource, *, num_nearest: int) -> Inspection:
         """Compare a soft prompt with the model; see ``Engine.inspect``."""
+        found = await self._inspect(
+            lambda inspection_id: Inspect(inspection_id, soft_prompt, num_nearest), Capability.INSPECTION
+        )
+        if not isinstance(found, Inspection):
+            raise TypeError("the engine answered with the inspection of an adapter")
+        return found
+
+    async def inspect_adapter(self, adapter: AdapterSource) -> AdapterInspection:
+        """Measure an adapter; see ``Engine.inspect_adapter``."""
+        found = await self._inspect(
+            lambda inspection_id: InspectAdapter(inspection_id, adapter), Capability.INSPECTION, Capability.ADAPTERS
+        )
+        if not isinstance(found, AdapterInspection):
+            raise TypeError("the engine answered with the inspection of a soft prompt")
+        return found
+
+    async def _inspect(
+        self, message: Callable[[int], Inspect | InspectAdapter], *needed: Capability
+    ) -> Inspection | AdapterInspection:
         self._require_ready()
-        if Capability.INSPECTION not in self.model.capabilities:
-            raise UnsupportedByEngineError(self.model.refusal(Capability.INSPECTION))
+        for capability in needed:
+            if capability not in self.model.capabilities:
+                raise UnsupportedByEngineError(self.model.refusal(capability))
         if len(self._inspections) >= MAX_INSPECTIONS:
             raise OverloadedError(f"{MAX_INSPECTIONS} inspections are waiting; try again later")
         self._num_inspections += 1
         # It stays registered when its caller is cancelled, because the engine still works on it.
-        future: asyncio.Future[Inspection] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Inspection | AdapterInspection] = asyncio.get_running_loop().create_future()
         self._inspections[self._num_inspections] = future
-        self._send(Inspect(self._num_inspections, soft_prompt, num_nearest))
+        self._send(message(self._num_inspections))
         return await future
 
     async def drain(self, timeout_seconds: float) -> None:
@@ -226,8 +286,9 @@ class AsyncEngine:
         self._stats = add_counters(initial, self._ended)
         self._connection = connection
         self._outage = None
+        self._since = time.time()
         for source in self._pinned.values():
-            self._send(Pin(source))
+            self._send(_pin(source))
 
     async def _supervise(self) -> None:
         backoff, clock = Backoff(), asyncio.get_running_loop().time
@@ -257,9 +318,11 @@ class AsyncEngine:
             watching.cancel()
             num_failed = len(self._queues) + len(self._inspections)
             self._connection = None
+            self._view.reset()
             self._ended = counters_of(self._stats)
             self._stats = self._ended
             self._outage = None if self._draining else reason
+            self._since = time.time()
             self._fail_all(EngineDeadError(reason))
             how = await connection.close()
         if not self._draining:
@@ -292,8 +355,9 @@ class AsyncEngine:
             return
 
     def _is_same_model(self, model: ModelInfo) -> bool:
-        """Whether tokenizer, stored soft prompts and reported limits still apply; only ``num_blocks`` may differ."""
-        return msgspec.structs.replace(model, num_blocks=self.model.num_blocks) == self.model
+        """Whether tokenizer, stored soft prompts and reported limits still apply; memory and threads may differ."""
+        own = self.model
+        return own == msgspec.structs.replace(model, num_blocks=own.num_blocks, num_threads=own.num_threads)
 
     async def _kill_when_hung(self, connection: EngineConnection) -> None:
         if self._poll_seconds <= 0:
@@ -332,6 +396,10 @@ class AsyncEngine:
                     queue.put_nowait(event if event.failure is None else _error_of(event.failure))
         elif isinstance(message, Inspected):
             self._end_inspection(message)
+        elif isinstance(message, Exposition):
+            self._exposition = message.text
+        elif isinstance(message, BatchPicture):
+            self._view.receive(message)
 
     def _end_inspection(self, message: Inspected) -> None:
         future = self._inspections.pop(message.inspection_id, None)
@@ -359,3 +427,7 @@ class AsyncEngine:
 
 def _error_of(failure: RequestFailure) -> EngineError:
     return ERRORS[failure.code](failure.message)
+
+
+def _pin(source: SoftPromptSource | AdapterSource) -> Pin | PinAdapter:
+    return PinAdapter(source) if isinstance(source, AdapterSource) else Pin(source)

@@ -21,14 +21,30 @@ NATIVE, VLLM = "server.engine.process.engine_process", "server.engine.vllm.main"
 _VLLM_VARIABLES = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CONFIGURE_LOGGING": "0"}
 """Defaults for vLLM: no report to anyone, and no log format of its own."""
 
+_VLLM_ONLY = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "quantization",
+    "engine_args",
+    "max_loras",
+    "vllm_metrics",
+)
+"""Settings that mean nothing to the native engine."""
+
 
 def command(settings: EngineSettings) -> list[str]:
     """The interpreter and the module to run; the caller appends the file descriptor.
 
     Raises:
-        EngineStartError: If the settings lack an interpreter, or it does not exist.
+        EngineStartError: If the settings lack an interpreter, it does not exist, or they are for the other engine.
     """
     if settings.engine == "native":
+        defaults = EngineSettings(model=settings.model)
+        for name in _VLLM_ONLY:
+            if getattr(settings, name) != getattr(defaults, name):
+                raise EngineStartError(
+                    f"--{name.replace('_', '-')} is for --engine vllm; the native engine has no use for it"
+                )
         return [sys.executable, "-m", NATIVE]
     if settings.engine_python is None:
         raise EngineStartError("--engine vllm needs --engine-python: the interpreter of an environment with vLLM")

@@ -24,7 +24,10 @@ from server.engine.messages import (
     AbortRequest,
     FromEngine,
     Inspect,
+    InspectAdapter,
     Pin,
+    PinAdapter,
+    Progress,
     Ready,
     Shutdown,
     Start,
@@ -32,9 +35,12 @@ from server.engine.messages import (
     StepOutputs,
     ToEngine,
     Unpin,
+    UnpinAdapter,
+    Watch,
     encode_frame,
     to_engine_decoder,
 )
+from server.engine.process.watching import PictureLease
 from server.engine.types import GenerateRequest, TokenEvent
 from server.errors import DeviceError, EngineStartError
 from server.logs import configure_from_variables
@@ -67,7 +73,11 @@ class EngineLoop:
                 return 0
             try:
                 # None in the inbox wakes the loop; the next step takes what has been loaded.
-                engine = LLMEngine(first.settings, on_loaded=lambda: self._inbox.put(None))
+                engine = LLMEngine(
+                    first.settings,
+                    on_loaded=lambda: self._inbox.put(None),
+                    on_stage=lambda stage: self._send(Progress(stage)),
+                )
             except EngineStartError as error:
                 self._send(StartFailed(error.message))
                 return 1
@@ -91,6 +101,7 @@ class EngineLoop:
         """
         events: list[TokenEvent] = []
         num_received = 0
+        lease = PictureLease(lambda: self._send(engine.picture()))
 
         def report(*, has_work: bool = True) -> None:
             stats = engine.stats
@@ -108,6 +119,8 @@ class EngineLoop:
                     num_received += message is not None
                     if isinstance(message, Shutdown):
                         return
+                    if isinstance(message, Watch):
+                        lease.renew(message.seconds)
                     events += self._handle(engine, message)
                     try:
                         message = self._inbox.get_nowait()
@@ -120,6 +133,7 @@ class EngineLoop:
                 if not engine.overlaps_host or not engine.has_work:
                     # A load that hangs must be detected, too.
                     report(has_work=engine.has_work or engine.is_loading)
+                lease.stepped(has_work=engine.has_work)
         finally:
             if events:
                 report()
@@ -129,9 +143,9 @@ class EngineLoop:
             return engine.add(message)
         if isinstance(message, AbortRequest):
             return engine.abort(message.request_id)
-        if isinstance(message, Pin | Unpin):
+        if isinstance(message, Pin | Unpin | PinAdapter | UnpinAdapter):
             engine.pin(message)
-        elif isinstance(message, Inspect):
+        elif isinstance(message, Inspect | InspectAdapter):
             engine.inspect(message, self._send)
         return []
 

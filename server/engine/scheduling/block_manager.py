@@ -13,10 +13,11 @@ stay allocated until the copy has ended, even if no sequence waits for it any mo
 If no block is free, idle blocks are evicted in least-recently-used order: a text block alone, a soft prompt's run
 as a whole.
 
-A block is identified by a chain of hashes over everything before it: the tenant's salt, the identity of the soft
-prompt (its content digest, and its task if it has several), then the text's tokens block by block. Names are not
-included, so a re-upload under an old name cannot find stale keys. The hash is cryptographic (BLAKE2b, 128 bits),
-because a tenant chooses the tokens and must not be able to construct a collision with another tenant's block.
+A block is identified by a chain of hashes over everything before it: the tenant's salt, the identities of the soft
+prompt (its content digest, and its task if it has several) and of the adapter, then the text's tokens block by block.
+Names are not included, so a re-upload under an old name cannot find stale keys. The hash is cryptographic (BLAKE2b,
+128 bits), because a tenant chooses the tokens and must not be able to construct a collision with another tenant's
+block.
 
 All tenants share a soft prompt's blocks. They are found by content, so a tenant that can detect that they are warm
 has the bytes already, and a soft prompt that is warmed before its first request is warm for every tenant. The text
@@ -32,42 +33,10 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from server.engine.scheduling.sequence import Sequence
-from server.engine.types import SoftPromptSource
+from server.engine.scheduling.soft_prompt_run import SoftPromptRun, run_key
+from server.engine.types import AdapterSource, SoftPromptSource
 
 HASH_BYTES = 16
-
-
-@dataclass(slots=True)
-class SoftPromptRun:
-    """The blocks of one soft prompt on the device.
-
-    Attributes:
-        source: The soft prompt.
-        blocks: Block ids in order; the last is full only if the block size divides the number of virtual tokens.
-        num_computed: Virtual tokens whose keys and values are written.
-        ref_count: Sequences that use it or wait for it.
-        is_loading: Whether a copy beside the steps writes to the blocks.
-    """
-
-    source: SoftPromptSource
-    blocks: list[int]
-    num_computed: int = 0
-    ref_count: int = 0
-    is_loading: bool = False
-
-    @property
-    def key(self) -> str:
-        """The soft prompt's identity."""
-        return self.source.identity
-
-    @property
-    def is_filled(self) -> bool:
-        """Whether every virtual token's keys and values are written."""
-        return self.num_computed == self.source.num_virtual_tokens
-
-    def spoil(self) -> None:
-        """Mark the content as unusable, so that the blocks are freed with the last reference."""
-        self.num_computed = 0
 
 
 @dataclass(slots=True)
@@ -163,6 +132,20 @@ class BlockManager:
         """Text blocks that a new sequence may find."""
         return self._by_hash.values()
 
+    def use_of(self, block_id: int) -> tuple[int, bool]:
+        """Number of sequences that refer to a text's block, and whether a new sequence may find it."""
+        block = self._blocks[block_id]
+        return block.ref_count, block.block_hash is not None
+
+    def num_shared(self, block_ids: Iterable[int]) -> int:
+        """Number of blocks at the beginning of a text that other sequences refer to, too."""
+        count = 0
+        for block_id in block_ids:  # what another sequence shares is a prefix
+            if self._blocks[block_id].ref_count < 2:
+                break
+            count += 1
+        return count
+
     def blocks_for(self, num_positions: int) -> int:
         """Number of blocks for a number of positions."""
         return -(-num_positions // self.block_size)
@@ -174,23 +157,27 @@ class BlockManager:
 
     # Soft prompts
 
-    def acquire_run(self, source: SoftPromptSource, headroom: int = 0) -> SoftPromptRun | None:
+    def acquire_run(
+        self, source: SoftPromptSource, adapter: AdapterSource | None = None, headroom: int = 0
+    ) -> SoftPromptRun | None:
         """Refer to a soft prompt's run, and take blocks for it if it has none.
 
         Args:
             source: The soft prompt.
+            adapter: The adapter of the sequence that needs it; None without one.
             headroom: Blocks that have to stay available for other sequences if it takes blocks.
 
         Returns:
             The run, which the caller has to fill if it is not filled; None if there are too few blocks.
         """
-        key = source.identity
+        key = run_key(source, adapter)
         run = self._runs.get(key)
         if run is None:
             needed = self.blocks_for(source.num_virtual_tokens)
             if needed + headroom > self.num_available:
                 return None
-            run = SoftPromptRun(source, [self._take() for _ in range(needed)])
+            computed_with = None if source.is_key_values else adapter
+            run = SoftPromptRun(source, [self._take() for _ in range(needed)], computed_with)
             self._runs[key] = run
             self.stats.run_loads += 1
         else:

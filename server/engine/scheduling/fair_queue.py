@@ -4,7 +4,8 @@ Three levels, outermost first:
 
 1. *Priority classes.* The most urgent class with waiting sequences goes first. To prevent starvation, each waiting
    class counts the tokens that are served from other classes. At ``aging_tokens`` its next sequence is promoted: it
-   goes first, and belongs to the most urgent class from then on.
+   goes first, and belongs to the most urgent class from then on. The classes of the service tier ``batch`` come after
+   all others and are not promoted.
 2. *Tenants* of a class share by deficit round robin (Shreedhar and Varghese, 1995): each turn gives a tenant
    ``quantum`` tokens, and it sends sequences while its deficit counter covers their cost.
 3. *Soft prompts* of a tenant share that tenant's turns in the same way. They are below tenants, so that a tenant does
@@ -36,7 +37,7 @@ from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
 from server.engine.scheduling.sequence import Sequence
-from server.engine.types import MIN_PRIORITY
+from server.engine.types import MAX_PRIORITY, MIN_PRIORITY
 
 
 class _Member(Protocol):
@@ -215,6 +216,11 @@ class FairQueue:
         """Waiting sequences that had their turn before."""
         return [seq for group in self._classes.values() for seq in group.returned]
 
+    @property
+    def has_interactive(self) -> bool:
+        """Whether a sequence waits that is not of the service tier ``batch``."""
+        return any(rank <= MAX_PRIORITY and group.has_waiting for rank, group in self._classes.items())
+
     def push(self, seq: Sequence) -> None:
         """Add a new sequence, behind those of its tenant and soft prompt."""
         self._class(seq.urgency).push(seq)
@@ -230,7 +236,11 @@ class FairQueue:
         waiting = [(rank, group) for rank, group in self._classes.items() if group.has_waiting]
         if not waiting:
             return None
-        due = [(-group.passed_over, rank) for rank, group in waiting if group.passed_over >= self._aging_tokens]
+        due = [
+            (-group.passed_over, rank)
+            for rank, group in waiting
+            if rank <= MAX_PRIORITY and group.passed_over >= self._aging_tokens
+        ]
         rank = min(due)[1] if due else min(rank for rank, _ in waiting)
         group = self._classes[rank]
         seq = group.take()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Iterator
 
 from server.engine.scheduling.sequence import Sequence
 
@@ -19,6 +19,10 @@ class PendingSequences:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def __iter__(self) -> Iterator[tuple[Sequence, Collection[Hashable]]]:
+        """The sequences in order of arrival, with what each waits for."""
+        return iter(self._waiting.values())
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._waiting

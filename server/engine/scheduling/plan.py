@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from server.engine.scheduling.block_manager import SoftPromptRun
 from server.engine.scheduling.sequence import Sequence
-from server.engine.types import SoftPromptSource
+from server.engine.scheduling.soft_prompt_run import SoftPromptRun
+from server.engine.types import AdapterSource, SoftPromptSource
 
 
 @dataclass(slots=True)
@@ -44,6 +44,13 @@ class Chunk:
         if self.run is not None:
             return self.run.source
         return None if self.seq is None else self.seq.request.soft_prompt
+
+    @property
+    def adapter(self) -> AdapterSource | None:
+        """The adapter that changes the model's products for all of the positions."""
+        if self.run is not None:
+            return self.run.adapter
+        return None if self.seq is None else self.seq.request.adapter
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -106,4 +113,9 @@ class StepPlan:
     @property
     def num_distinct_prompts(self) -> int:
         """Distinct soft prompts, or tasks of one, before the sequences of the chunks."""
-        return len({flow for chunk in self.chunks if chunk.seq and (flow := chunk.seq.flow)})
+        return len({source.identity for chunk in self.chunks if chunk.seq and (source := chunk.soft_prompt)})
+
+    @property
+    def num_distinct_adapters(self) -> int:
+        """Distinct adapters that the forward pass computes with."""
+        return len({adapter.identity for chunk in self.chunks if (adapter := chunk.adapter)})

@@ -17,10 +17,10 @@ run within the same step, up to ``step_fill_tokens``. Larger ones are *loaded*: 
 step waits for them. The sequences that wait for a load start in the step after its end. Blocks that are loading
 cannot be taken, but every load ends; a running sequence that finds no other block to take waits for that.
 
-Embeddings are computed as a separate chunk, shared by all sequences that wait for them.
-These start in the step that completes the run, because each layer writes all keys and values before it reads any. A
-partial last block would have to be copied before the forward pass, so each of them computes the block's few virtual
-tokens again, in its own block.
+Embeddings are computed as a separate chunk, shared by all sequences that wait for them. These start in the step that
+completes the run, because each layer writes all keys and values before it reads any. A partial last block would have
+to be copied before the forward pass, so each of them computes the block's few virtual tokens again, in its own block.
+Adapters are read into a memory of limited size when the turn of a sequence is near: see ``AdapterTurns``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,17 @@ from bisect import insort
 from collections.abc import Mapping
 from math import inf
 
-from server.engine.scheduling.block_manager import BlockManager, SoftPromptRun
+from server.engine.scheduling.adapter_memory import AdapterMemory
+from server.engine.scheduling.adapter_turns import AdapterTurns
+from server.engine.scheduling.batch_tier import BatchTier
+from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.fair_queue import FairQueue
 from server.engine.scheduling.next_decodes import next_decodes
 from server.engine.scheduling.plan import Chunk, StepPlan
-from server.engine.scheduling.sequence import Sequence
+from server.engine.scheduling.sequence import Sequence, check_fits
 from server.engine.scheduling.soft_prompt_fills import SoftPromptFills
+from server.engine.scheduling.soft_prompt_run import SoftPromptRun
+from server.engine.scheduling.spoiled_blocks import withdraw_spoiled
 from server.engine.types import ErrorCode, FinishReason
 
 AGING_TURNS = 16
@@ -50,15 +55,19 @@ class Scheduler:
         max_num_batched_tokens: Maximum number of positions that one step computes.
         max_model_len: Maximum number of positions of one sequence.
         quantum: Tokens of one turn of a waiting tenant; None is ``max_num_batched_tokens``.
+        batch_step_tokens: Maximum of tokens of the tier ``batch`` in a step; None is ``max_num_batched_tokens``.
         step_fill_tokens: Virtual tokens of keys and values that one step copies at most; what is over it is loaded
             beside the steps. None: a step copies all.
+        adapter_memory: The adapters in memory; None if none are served.
 
     Attributes:
         waiting: Sequences without blocks; an ensemble is represented by its leader.
         running: Sequences with blocks, ordered by urgency class, then by turn; the last is preempted first. An
             ensemble is represented by its leader.
         num_running: Running sequences; every member of an ensemble counts.
-        num_preemptions: Preemptions of running sequences.
+        num_preemptions: Preemptions of running sequences, without those of the service tier ``batch``.
+        batch: What the service tier ``batch`` takes of a step.
+        adapters: The adapters of sequences whose turn has come.
 
     Raises:
         ValueError: If a step could not hold one token of every running sequence.
@@ -72,7 +81,9 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         quantum: int | None = None,
+        batch_step_tokens: int | None = None,
         step_fill_tokens: int | None = None,
+        adapter_memory: AdapterMemory | None = None,
     ) -> None:
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise ValueError(
@@ -84,7 +95,10 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         quantum = quantum or max_num_batched_tokens
-        self.waiting = FairQueue(quantum=quantum, aging_tokens=AGING_TURNS * max(quantum, max_model_len))
+        aging_tokens = AGING_TURNS * max(quantum, max_model_len)
+        self.waiting = FairQueue(quantum=quantum, aging_tokens=aging_tokens)
+        self.adapters = AdapterTurns(adapter_memory, self.waiting, max_overtaken=aging_tokens)
+        self.batch = BatchTier(batch_step_tokens or max_num_batched_tokens)
         self.running: list[Sequence] = []
         self.num_running = 0
         self.num_preemptions = 0
@@ -118,23 +132,9 @@ class Scheduler:
         """
         if seq.request_id in self._seqs:
             raise ValueError(f"request id {seq.request_id!r} is in use")
-        members, max_tokens = seq.members, seq.request.params.max_tokens
-        if len(members) > self.max_num_seqs:
-            raise ValueError(
-                f"an ensemble of {len(members)} is more than the {self.max_num_seqs} sequences that may run at once"
-            )
-        for member in members:
-            if member.num_positions + max_tokens > self.max_model_len:
-                raise ValueError(
-                    f"{member.num_virtual_tokens} virtual tokens, {seq.num_prompt_tokens} text tokens and "
-                    f"{max_tokens} new ones are more than the {self.max_model_len} positions of the context"
-                )
-        needed = sum(self._blocks_to_finish(member) for member in members)
-        if needed > self.block_manager.num_blocks:
-            what = f"the {len(members)} sequences of the ensemble need" if seq.followers else "the sequence needs"
-            raise ValueError(
-                f"{what} {needed} key/value blocks; the cache has {self.block_manager.num_blocks} in all"
-            )
+        blocks, sizes = self.block_manager, {"max_num_seqs": self.max_num_seqs, "max_model_len": self.max_model_len}
+        check_fits(seq, blocks.blocks_to_finish, num_blocks=blocks.num_blocks, **sizes)
+        self.adapters.check(seq)
 
     def add(self, seq: Sequence) -> None:
         """Put a sequence into the queue.
@@ -144,6 +144,8 @@ class Scheduler:
         """
         self.check(seq)
         self._seqs[seq.request_id] = seq
+        self.batch.num_sequences += seq.is_batch
+        self.adapters.add(seq)
         self.waiting.push(seq)
         if seq.deadline is not None:
             self._deadlines[seq.request_id] = seq.deadline
@@ -178,6 +180,7 @@ class Scheduler:
         """End a sequence and release everything that it holds."""
         seq.end_reason = reason
         del self._seqs[seq.request_id]
+        self.batch.num_sequences -= seq.is_batch
         self._deadlines.pop(seq.request_id, None)
         if seq.block_table:
             self._stop_running(seq)
@@ -191,6 +194,13 @@ class Scheduler:
         Args:
             now: Seconds of the engine's clock; becomes ``first_run`` of sequences that start to run.
         """
+        self.batch.begin(self.running, self.waiting)
+        plan = self._plan(now)
+        if plan.is_empty and self.batch.lift():  # what holds it waits for something else than a step
+            plan = self._plan(now)
+        return plan
+
+    def _plan(self, now: float) -> StepPlan:
         plan = StepPlan()
         ahead, self._ahead = self._ahead, None
         if ahead is None:
@@ -199,7 +209,8 @@ class Scheduler:
             budget = self._take_ahead(plan, ahead)
         budget = self._schedule_prefills(plan, budget)
         self._schedule_waiting(plan, budget, now)
-        if plan.is_empty and not self.block_manager.is_loading and self._release_waiting_runs():
+        is_loading = self.block_manager.is_loading or self.adapters.is_reading
+        if plan.is_empty and not is_loading and self._release_waiting_runs():
             # Soft prompts held for later sequences had left no block for the first one.
             self._schedule_waiting(plan, budget, now)
         return plan
@@ -227,7 +238,7 @@ class Scheduler:
         self._stop_running(seq)
         self._release(seq)
         self.waiting.resume(seq)
-        self.num_preemptions += 1
+        self.num_preemptions += not seq.is_batch
 
     def holders(self, run: SoftPromptRun) -> list[Sequence]:
         """The sequences that hold a soft prompt's run, running or waiting; the leader for an ensemble."""
@@ -254,30 +265,8 @@ class Scheduler:
             The sequences that the caller must end: those that wrote spoiled blocks themselves, and those that hold a
             spoiled soft prompt, running or waiting.
         """
-        blocks: set[int] = set()
-        wrote: set[str] = set()
-        for index, chunk in enumerate(plan.chunks):  # no chunk reads what a later one writes
-            is_misled = not blocks.isdisjoint(chunk.block_table)
-            if not is_misled and index not in spoiled:
-                continue
-            first = 0 if is_misled else spoiled[index]
-            blocks.update(chunk.block_table[own] for own in chunk.shared if own >= first)
-            if chunk.run is not None:
-                chunk.run.spoil()
-            elif chunk.seq is not None and not is_misled:
-                wrote.add(chunk.seq.request_id)
-        self.block_manager.withdraw(blocks)
-        ended: list[Sequence] = []
-        holding: list[Sequence] = []
-        for seq in [*self.running, *self.waiting.returned]:
-            runs = [self._held_runs.get(member.request_id) for member in seq.members]
-            if any(run is not None and not blocks.isdisjoint(run.blocks) for run in runs):
-                holding.append(seq)
-            elif any(member.request_id in wrote for member in seq.members):
-                ended.append(seq)
-            elif any(not blocks.isdisjoint(member.block_table) for member in seq.members):
-                self.preempt(seq)
-        return ended, holding
+        seqs = [*self.running, *self.waiting.returned]
+        return withdraw_spoiled(plan, spoiled, seqs, self._held_runs, self.block_manager, self.preempt)
 
     def check_integrity(self) -> None:
         """Check between two steps that queues, blocks, soft prompts and decodes planned ahead are consistent.
@@ -306,6 +295,7 @@ class Scheduler:
         if self._ahead is not None and [chunk.seq for chunk in self._ahead if chunk.still_runs] != ready:
             raise AssertionError("the decodes that were planned ahead are not those of the next step")
         self.waiting.check_integrity()
+        self.adapters.check_integrity(self.running)
         self.block_manager.check_integrity(
             [(seq, self._held_runs.get(seq.request_id)) for seq in [*running, *waiting]]
         )
@@ -317,6 +307,8 @@ class Scheduler:
         while index < len(self.running):
             seq = self.running[index]
             members = seq.members
+            if not self.batch.may_run(seq):
+                break
             if budget >= len(members) and _is_ready(seq):
                 if not self._make_room(seq):
                     break  # it was the last one, and has been preempted itself or waits for blocks
@@ -329,31 +321,55 @@ class Scheduler:
     def _take_ahead(self, plan: StepPlan, ahead: list[Chunk]) -> int:
         """Plan the decodes of ``plan_ahead`` whose sequences still run; returns the remaining budget."""
         for chunk in ahead:
-            if chunk.seq is not None and chunk.still_runs:
+            if chunk.seq is not None and chunk.still_runs and self.batch.may_run(chunk.seq):
                 self._commit(plan, chunk, chunk.seq)
         # A step has room for a decode of every running sequence.
         return self.max_num_batched_tokens - len(plan.chunks)
 
     def _schedule_prefills(self, plan: StepPlan, budget: int) -> int:
         for seq in self.running:
+            if not self.batch.may_run(seq):
+                break
             if seq.num_computed < seq.num_positions and not self._lacks_blocks(seq):
-                budget = self._prefill(plan, seq, budget)
+                room = self.batch.room(seq, plan, budget)
+                budget -= room - self._prefill(plan, seq, room)
         return budget
 
     def _schedule_waiting(self, plan: StepPlan, budget: int, now: float) -> None:
         filling = {chunk.run.key for chunk in plan.chunks if chunk.run is not None}
         unserved: list[Sequence] = []
         num_slots = self.max_num_seqs - self.num_running
-        while budget > 0 and num_slots > 0:
-            seq = self.waiting.take()
+        self.adapters.begin()
+        while budget > 0:
+            if num_slots <= 0 and self.waiting.has_interactive:
+                num_slots += self._yield_batch()
+            seq = self.waiting.take() if num_slots > 0 else None
             if seq is None:
                 break
             members = seq.members
             unserved.append(seq)
-            if len(members) > num_slots:
+            if not (self.batch.may_run(seq) and self.batch.may_start(seq, self.running)):
+                break
+            budget = self.batch.room(seq, plan, budget)  # only batch sequences are behind one
+            if budget <= 0:
+                break
+            while len(members) > num_slots and (freed := self._yield_batch()):
+                num_slots += freed
+            if len(members) > num_slots or not self.adapters.may_overtake:
                 break  # later sequences wait, or an ensemble could wait forever
+            while not (is_held := self.adapters.hold(seq, now)) and self.adapters.lacks_room:
+                if not (freed := self._yield_batch()):
+                    break
+                num_slots += freed
+            if not is_held:
+                num_slots -= len(members)
+                continue
             has_blocks, budget = self._fills.add(plan, members, budget, filling, self.num_running)
             if not has_blocks:
+                if freed := self._yield_batch():
+                    num_slots += freed
+                    self.waiting.put_back(unserved.pop())
+                    continue
                 break  # later sequences wait, or one with a large soft prompt could wait forever
             if not self._can_start(members, budget, filling):
                 num_slots -= len(members)
@@ -365,6 +381,10 @@ class Scheduler:
                 filling=filling,
             )
             if admissions is None:
+                if freed := self._yield_batch():
+                    num_slots += freed
+                    self.waiting.put_back(unserved.pop())
+                    continue
                 break
             unserved.pop()
             num_slots -= len(members)
@@ -374,9 +394,11 @@ class Scheduler:
                 seq.num_cached_tokens = sum(admission.num_cached_tokens for admission in admissions)
                 self._deadlines.pop(seq.request_id, None)
             self.waiting.serve(seq)
+            self.adapters.start(seq)
             insort(self.running, seq, key=_precedence)
             self.num_running += len(members)
             budget = self._prefill(plan, seq, budget)
+        unserved += self.adapters.read_ahead(now)
         for seq in unserved:
             self.waiting.put_back(seq)
 
@@ -405,12 +427,6 @@ class Scheduler:
         block_size = self.block_manager.block_size
         num_repeated = sum(run.source.num_virtual_tokens % block_size for run in runs if run.key in filling)
         return all(run.is_filled for run in runs) and (num_repeated == 0 or num_repeated < budget)
-
-    def _blocks_to_finish(self, seq: Sequence) -> int:
-        """Blocks of one sequence, or one member of an ensemble, at its maximum length."""
-        # The last new token is not fed back, so it needs no slot.
-        longest = max(seq.num_positions, seq.num_positions + seq.request.params.max_tokens - 1)
-        return self.block_manager.blocks_to_finish(seq.request.soft_prompt, longest)
 
     def _add_chunk(self, plan: StepPlan, seq: Sequence, num_tokens: int) -> None:
         self._commit(plan, Chunk(seq.block_table, seq.num_computed, num_tokens, seq=seq), seq)
@@ -442,6 +458,14 @@ class Scheduler:
         """Whether ``_make_room`` found no block for the next position of a sequence or a follower."""
         return any(len(own.block_table) < self.block_manager.blocks_for(own.num_positions) for own in seq.members)
 
+    def _yield_batch(self) -> int:
+        """Preempt a batch sequence, if an interactive one lacks its place; returns the number of free slots."""
+        victim = self.batch.victim(self.running)
+        if victim is None:
+            return 0
+        self.preempt(victim)
+        return len(victim.members)
+
     def _stop_running(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self.num_running -= len(seq.members)
@@ -458,6 +482,7 @@ class Scheduler:
         return bool(holders)
 
     def _release(self, seq: Sequence) -> None:
+        self.adapters.release(seq)
         for member in seq.members:
             self.block_manager.free(member)
             self._fills.release(member.request_id)

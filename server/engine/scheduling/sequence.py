@@ -8,6 +8,7 @@ all: they wait, run, are preempted and end together, and the leader's parameters
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import msgspec
 
@@ -20,8 +21,12 @@ from server.engine.types import (
     FinishReason,
     GenerateRequest,
     Logprobs,
+    Member,
     SoftPromptSource,
 )
+
+BATCH_URGENCY = MAX_PRIORITY - MIN_PRIORITY + 1
+"""Added to the priority of the service tier ``batch``: all of it is less urgent than any other."""
 
 
 class Sequence:
@@ -34,7 +39,7 @@ class Sequence:
         arrival: When the request arrived, in seconds of the engine's clock.
 
     Attributes:
-        request: The request; a follower's has its own id and soft prompt.
+        request: The request; a follower's has a separate id, soft prompt and adapter.
         token_ids: The prompt's tokens, then the new ones. The members of an ensemble share one list.
         num_prompt_tokens: Tokens of the prompt.
         num_virtual_tokens: Positions that the soft prompt takes.
@@ -106,7 +111,7 @@ class Sequence:
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_virtual_tokens = request.soft_prompt.num_virtual_tokens if request.soft_prompt else 0
-        self.urgency = request.priority
+        self.urgency = request.priority + (BATCH_URGENCY if request.is_batch else 0)
         self.arrival = arrival
         self.deadline = None if request.timeout is None else arrival + request.timeout
         self.turn: int | None = None
@@ -131,9 +136,14 @@ class Sequence:
         self.is_follower = False
         self.followers = [self._follower(number, other) for number, other in enumerate(request.others, start=1)]
 
-    def _follower(self, number: int, soft_prompt: SoftPromptSource | None) -> Sequence:
-        name = f"{self.request_id}/{number}"
-        request = msgspec.structs.replace(self.request, request_id=name, soft_prompt=soft_prompt, others=())
+    def _follower(self, number: int, member: Member) -> Sequence:
+        request = msgspec.structs.replace(
+            self.request,
+            request_id=f"{self.request_id}/{number}",
+            soft_prompt=member.soft_prompt,
+            adapter=member.adapter,
+            others=(),
+        )
         follower = Sequence(request, arrival=self.arrival)
         follower.token_ids = self.token_ids  # one list: every new token is appended once, for all members
         follower.is_follower = True
@@ -173,6 +183,11 @@ class Sequence:
         return self.request.request_id
 
     @property
+    def is_batch(self) -> bool:
+        """Whether it is of the service tier ``batch``."""
+        return self.request.is_batch
+
+    @property
     def members(self) -> tuple[Sequence, ...]:
         """The sequences of its ensemble, itself first; only itself if it leads none."""
         return (self, *self.followers)
@@ -189,8 +204,13 @@ class Sequence:
 
     @property
     def flow(self) -> str:
-        """The unit that takes turns within a tenant: the soft prompt's identity; empty for the bare base."""
-        return self.request.soft_prompt.identity if self.request.soft_prompt else ""
+        """The soft prompt's identity, then a plus sign and the adapter's if there is one; empty for the bare base.
+
+        It is the unit that takes turns within a tenant, and a part of the text's identity in the prefix cache.
+        """
+        soft_prompt, adapter = self.request.soft_prompt, self.request.adapter
+        before = soft_prompt.identity if soft_prompt else ""
+        return f"{before}+{adapter.identity}" if adapter else before
 
     @property
     def num_new_tokens(self) -> int:
@@ -213,3 +233,47 @@ class Sequence:
         if self.wants_prompt_logprobs:  # the logits at a position score the token after it
             return self.num_virtual_tokens + self.next_scored - 1
         return self.num_positions - 1
+
+
+def check_fits(
+    seq: Sequence,
+    blocks_to_finish: Callable[[SoftPromptSource | None, int], int],
+    *,
+    num_blocks: int,
+    max_num_seqs: int,
+    max_model_len: int,
+) -> None:
+    """Check that a sequence, with its followers, can run alone to its maximum length.
+
+    Args:
+        seq: The sequence.
+        blocks_to_finish: Blocks for a soft prompt and a number of positions.
+        num_blocks: Blocks in all.
+        max_num_seqs: Maximum number of running sequences.
+        max_model_len: Maximum number of positions of one sequence.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    members, max_tokens = seq.members, seq.request.params.max_tokens
+    if len(members) > max_num_seqs:
+        raise ValueError(
+            f"an ensemble of {len(members)} is more than the {max_num_seqs} sequences that may run at once"
+        )
+    for member in members:
+        if member.num_positions + max_tokens > max_model_len:
+            raise ValueError(
+                f"{member.num_virtual_tokens} virtual tokens, {seq.num_prompt_tokens} text tokens and "
+                f"{max_tokens} new ones are more than the {max_model_len} positions of the context"
+            )
+    needed = sum(_blocks_to_finish(member, blocks_to_finish) for member in members)
+    if needed > num_blocks:
+        what = f"the {len(members)} sequences of the ensemble need" if seq.followers else "the sequence needs"
+        raise ValueError(f"{what} {needed} key/value blocks; the cache has {num_blocks} in all")
+
+
+def _blocks_to_finish(seq: Sequence, blocks_to_finish: Callable[[SoftPromptSource | None, int], int]) -> int:
+    """Blocks of one sequence, or one member of an ensemble, at its maximum length."""
+    # The last new token is not fed back, so it needs no slot.
+    longest = max(seq.num_positions, seq.num_positions + seq.request.params.max_tokens - 1)
+    return blocks_to_finish(seq.request.soft_prompt, longest)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from server.engine.scheduling.block_manager import BlockManager, SoftPromptRun
+from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.plan import Chunk, StepPlan
 from server.engine.scheduling.sequence import Sequence
+from server.engine.scheduling.soft_prompt_run import SoftPromptRun
 from server.engine.types import SoftPromptSource
 
 
@@ -64,7 +65,7 @@ class SoftPromptFills:
         if run is None:
             # As for an admission: running sequences must not be stopped by blocks that cannot be taken for a while.
             headroom = num_running if self._is_loaded_beside(plan, source) else 0
-            run = self._block_manager.acquire_run(source, headroom)
+            run = self._block_manager.acquire_run(source, seq.request.adapter, headroom)
             if run is not None:
                 self.held[seq.request_id] = run
         return run

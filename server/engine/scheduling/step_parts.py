@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-from server.engine.scheduling.block_manager import SoftPromptRun
 from server.engine.scheduling.plan import Chunk, StepPlan
 from server.engine.scheduling.sequence import Sequence
+from server.engine.scheduling.soft_prompt_run import SoftPromptRun
 from server.engine.types import StepOutput
 
 RunPlan = Callable[[StepPlan], StepOutput]

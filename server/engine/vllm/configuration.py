@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Mapping
 from typing import Any
 
 import vllm
@@ -13,17 +14,23 @@ from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
-from server.config import EngineSettings
+from prompt_store.types import ModuleShape
+from server.config import VLLM_VERSION, EngineSettings
 from server.engine.generation_defaults import NO_RULES
 from server.engine.model.generation_config import CheckpointGeneration, read_generation_config
 from server.engine.model.loading import eos_token_ids_of
 from server.engine.sampling.grammars import load_tokenizer
 from server.engine.types import Capability, ModelInfo
+from server.engine.vllm.adapters.files import PARTS
+from server.engine.vllm.adapters.modules import AdaptableModules, target_suffixes
 from server.engine.vllm.connector import BUDGET_KEY
 from server.errors import EngineStartError
 
-TESTED_VERSION = "0.32"
-"""The minor version that the connector is tested with. Its interfaces are not stable between minor versions."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks for which vLLM can reserve memory."""
+
+CPU_SPARE_SLOTS = 1
+"""Slots for adapters that stay empty: the CPU build computes rows without an adapter with the last one."""
 
 CPU_BLOCK_SIZE = 32
 """The attention kernels of vLLM's CPU build need a multiple of this."""
@@ -40,6 +47,12 @@ OWN_ARGUMENTS = frozenset(
         "structured_outputs_config",
         "skip_tokenizer_init",
         "enable_lora",
+        "max_loras",
+        "max_lora_rank",
+        "lora_dtype",
+        "lora_target_modules",
+        "default_mm_loras",
+        "worker_extension_cls",
     }
 )
 """Arguments that would make answers wrong if an operator changed them."""
@@ -52,14 +65,18 @@ def check_version() -> None:
         EngineStartError: If this is another minor version of vLLM.
     """
     found = str(vllm.__version__)
-    if found.split(".")[:2] != TESTED_VERSION.split("."):
+    if found.split(".")[:2] != VLLM_VERSION.split("."):
         raise EngineStartError(
-            f"--engine-python has vLLM {found}; this version of Prelude is tested with vLLM {TESTED_VERSION}.x only"
+            f"--engine-python has vLLM {found}; this version of Prelude is tested with vLLM {VLLM_VERSION}.x only"
         )
 
 
-def vllm_config_of(settings: EngineSettings) -> VllmConfig:
+def vllm_config_of(settings: EngineSettings, modules: Mapping[str, ModuleShape]) -> VllmConfig:
     """Configure vLLM.
+
+    Args:
+        settings: Ours.
+        modules: The modules of the base, if adapters are served.
 
     Raises:
         EngineStartError: If vLLM refuses the settings or the model.
@@ -90,6 +107,7 @@ def vllm_config_of(settings: EngineSettings) -> VllmConfig:
         "quantization": settings.quantization,
         "max_logprobs": -1,
         **extra,
+        **_lora_arguments(settings, extra, modules, platform),
         "model": settings.model,
         "skip_tokenizer_init": not _has_tokenizer(settings),
         "enable_prompt_embeds": True,
@@ -115,8 +133,21 @@ def vllm_config_of(settings: EngineSettings) -> VllmConfig:
     return config
 
 
-def model_info(settings: EngineSettings, config: VllmConfig) -> ModelInfo:
+def lora_capacity(config: VllmConfig) -> int:
+    """Adapters that may be loaded at once."""
+    lora = config.lora_config
+    if lora is None:
+        return 0
+    return int(lora.max_loras - CPU_SPARE_SLOTS if current_platform.is_cpu() else lora.max_cpu_loras)
+
+
+def model_info(settings: EngineSettings, config: VllmConfig, modules: Mapping[str, ModuleShape]) -> ModelInfo:
     """What the API needs to know, after the key/value cache has been sized.
+
+    Args:
+        settings: Ours.
+        config: vLLM's.
+        modules: What adapters can change; empty if none are served.
 
     Raises:
         EngineStartError: If the checkpoint has rules that this engine does not apply.
@@ -138,8 +169,13 @@ def model_info(settings: EngineSettings, config: VllmConfig) -> ModelInfo:
         capabilities.add(Capability.KEY_VALUES)
     if not model.skip_tokenizer_init and eos_token_ids:
         capabilities.add(Capability.STRUCTURED_OUTPUT)
+    if modules:
+        capabilities.add(Capability.ADAPTERS)
     return ModelInfo(
         engine="vllm",
+        modules=dict(modules),
+        adapters_off=None if modules else "start the server with --max-loras",
+        adapter_parts=PARTS,
         capabilities=tuple(sorted(capabilities)),
         architecture=model.architecture,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -161,6 +197,25 @@ def model_info(settings: EngineSettings, config: VllmConfig) -> ModelInfo:
 def embedding_width(model: Any) -> int:
     """Width of an input embedding, of vLLM's model configuration."""
     return int(getattr(model.hf_text_config, "word_embed_proj_dim", None) or model.get_inputs_embeds_size())
+
+
+def _lora_arguments(
+    settings: EngineSettings, extra: Mapping[str, Any], modules: Mapping[str, ModuleShape], platform: str
+) -> dict[str, Any]:
+    if not settings.max_loras:
+        return {}
+    rank = next((rank for rank in LORA_RANKS if rank >= settings.max_adapter_rank), None)
+    if rank is None:
+        raise EngineStartError(f"--max-adapter-rank {settings.max_adapter_rank}: vLLM has at most {LORA_RANKS[-1]}")
+    slots = settings.max_loras + (CPU_SPARE_SLOTS if platform == "cpu" else 0)
+    return {
+        "enable_lora": True,
+        "max_loras": slots,
+        "max_cpu_loras": max(slots, extra.get("max_cpu_loras") or 0),
+        "max_lora_rank": rank,
+        "lora_target_modules": target_suffixes(modules),
+        "worker_extension_cls": f"{AdaptableModules.__module__}.{AdaptableModules.__name__}",
+    }
 
 
 def _engine_args(settings: EngineSettings) -> dict[str, Any]:

@@ -8,8 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any
 from uuid import uuid4
 
@@ -18,12 +17,25 @@ from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import embeds_input, tokens_input
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
-from server.engine.messages import AbortRequest, FromEngine, Inspect, Inspected, Pin, StepOutputs, ToEngine, Unpin
+from server.engine.messages import (
+    AbortRequest,
+    FromEngine,
+    Inspect,
+    InspectAdapter,
+    Inspected,
+    Pin,
+    PinAdapter,
+    StepOutputs,
+    ToEngine,
+    Unpin,
+)
 from server.engine.model.soft_prompts import SoftPromptLoadError
 from server.engine.sampling.grammars import Matcher, TooManyGrammarsError
+from server.engine.stats import EngineStats
 from server.engine.types import (
+    MAX_PRIORITY,
+    AdapterSource,
     Capability,
-    EngineStats,
     ErrorCode,
     FinishReason,
     GenerateRequest,
@@ -32,10 +44,13 @@ from server.engine.types import (
     SoftPromptSource,
     TokenEvent,
 )
+from server.engine.vllm.adapters.files import AdapterRefusedError, AdapterUnreadableError
+from server.engine.vllm.adapters.lora import Lora
 from server.engine.vllm.computing import Computations
 from server.engine.vllm.constraints import ConstraintRefusedError, Constraints
 from server.engine.vllm.sampling import logprobs_of, one_token, prompt_logprobs_of, vllm_params
-from server.engine.vllm.use import Role, Use
+from server.engine.vllm.use import Role, Use, source_with
+from server.engine.vllm.waiting import Running, WaitsFor, count_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +72,6 @@ class _RefusedError(Exception):
     """A request cannot be served; the message says why."""
 
 
-@dataclass(slots=True)
-class _Running:
-    task: asyncio.Task[None]
-    arrival: float
-    has_started: bool = False
-    is_late: bool = False
-
-
 class Front:
     """Serves requests with an ``AsyncLLM``.
 
@@ -73,6 +80,7 @@ class Front:
         model: The loaded model.
         stats: The engine's state, which others update too.
         constraints: The matchers of constrained requests.
+        lora: The adapters; None if the model's capabilities lack them.
         read: Reads a soft prompt's rows, in the serving dtype; it blocks, and raises SoftPromptLoadError.
         send: Sends a message.
     """
@@ -84,6 +92,7 @@ class Front:
         *,
         stats: EngineStats,
         constraints: Constraints,
+        lora: Lora | None,
         read: Callable[[SoftPromptSource], torch.Tensor],
         send: Callable[[FromEngine], None],
     ) -> None:
@@ -91,10 +100,12 @@ class Front:
         self._model = model
         self._stats = stats
         self._constraints = constraints
+        self._lora = lora
         self._read = read
         self._send = send
         self._computations = Computations(self._compute)
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, Running] = {}
+        self._num_queued = 0
         self._controls: set[asyncio.Task[None]] = set()
         self._pins: dict[str, SoftPromptSource] = {}
         self._events: list[TokenEvent] = []
@@ -119,13 +130,16 @@ class Front:
         elif isinstance(message, Unpin):
             if self._pins.pop(message.soft_prompt.identity, None) is not None:
                 self._control(self._tell(Role.UNPIN, message.soft_prompt))
-        elif isinstance(message, Inspect):
+        elif isinstance(message, PinAdapter):
+            self._control(self._warm(message.adapter))
+        elif isinstance(message, Inspect | InspectAdapter):
             failure = RequestFailure(ErrorCode.REFUSED, self._model.refusal(Capability.INSPECTION))
             self._send(Inspected(message.inspection_id, failure))
         self._flush_soon()
 
-    def stepped(self, started: Sequence[str]) -> None:
-        """A step has ended, in which these requests were given blocks."""
+    def stepped(self, started: Sequence[str], num_queued: int) -> None:
+        """A step has ended, in which some requests were given blocks, and after which some are in vLLM's queue."""
+        self._num_queued = num_queued
         for request_id in started:
             running = self._running.get(request_id)
             if running is not None:
@@ -140,6 +154,8 @@ class Front:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._constraints.close()
+        if self._lora is not None:
+            self._lora.close()
 
     # Reporting
 
@@ -161,7 +177,9 @@ class Front:
         self._flushed = time.monotonic()
         events, self._events = self._events, []
         has_work = bool(self._running or self._controls)
-        self._send(StepOutputs(events=events, stats=self._stats, num_received=self._num_received, has_work=has_work))
+        stats = self._stats
+        stats.num_waiting, stats.num_batch_waiting = count_waiting(self._running.values(), self._num_queued)
+        self._send(StepOutputs(events=events, stats=stats, num_received=self._num_received, has_work=has_work))
 
     # Requests
 
@@ -174,13 +192,14 @@ class Front:
         if request.soft_prompt is not None:
             self._stats.virtual_tokens += request.soft_prompt.num_virtual_tokens
         task = asyncio.create_task(self._serve(request), name=f"request {request.request_id}")
-        running = self._running[request.request_id] = _Running(task, time.monotonic())
+        running = Running(task, time.monotonic(), request.is_batch)
+        self._running[request.request_id] = running
         if request.timeout is not None:
             loop = asyncio.get_running_loop()
             timer = loop.call_later(request.timeout, self._expire, running)
             task.add_done_callback(lambda _: timer.cancel())
 
-    def _expire(self, running: _Running) -> None:
+    def _expire(self, running: Running) -> None:
         if not running.has_started:
             running.is_late = True
             running.task.cancel()
@@ -188,24 +207,27 @@ class Front:
     async def _serve(self, request: GenerateRequest) -> None:
         """Serve one request to its one last event."""
         request_id = request.request_id
+        running = self._running[request_id]
         try:
-            await self._generate(request)
+            if request.adapter is not None:
+                running.waits_for = WaitsFor.ADAPTER
+            async with self._adapter(request.adapter) as lora:
+                await self._generate(request, running, lora)
         except asyncio.CancelledError:
-            running = self._running[request_id]
             if running.is_late:
                 self._stats.num_timeouts += 1
-                waited = time.monotonic() - running.arrival
-                message = f"the request timed out after {waited:.1f} seconds in the queue; try again later"
+                waited, reason = time.monotonic() - running.arrival, running.waits_for.value
+                message = f"the request timed out after {waited:.1f} seconds {reason}; try again later"
                 self._fail(request_id, ErrorCode.WAIT_TIMEOUT, message)
             else:
                 self._emit(TokenEvent(request_id=request_id, finish_reason=FinishReason.ABORT))
-        except (_RefusedError, VLLMClientError) as error:
+        except (_RefusedError, AdapterRefusedError, VLLMClientError) as error:
             self._fail(request_id, ErrorCode.REFUSED, str(error))
         except ConstraintRefusedError as error:
             self._fail(request_id, error.failure.code, error.failure.message)
         except TooManyGrammarsError as error:
             self._fail(request_id, ErrorCode.WAIT_TIMEOUT, str(error))
-        except SoftPromptLoadError as error:
+        except (SoftPromptLoadError, AdapterUnreadableError) as error:
             self._fail(request_id, ErrorCode.FAILED, str(error))
         except (EngineEndedError, VllmDeadError):
             self._note_end()  # the process ends, and with it all requests
@@ -220,22 +242,25 @@ class Front:
         if not self.ended.done():
             self.ended.set_result(None)
 
-    async def _generate(self, request: GenerateRequest) -> None:
+    async def _generate(self, request: GenerateRequest, running: Running, lora: Any) -> None:
         matcher = None
         constraint = request.params.constraint
         if constraint is not None:
+            running.waits_for = WaitsFor.CONSTRAINT
             matcher = await self._constraints.matcher(constraint, request.salt)
+        source = source_with(request.soft_prompt, request.adapter)
         for _ in range(MAX_ATTEMPTS):
-            if request.soft_prompt is not None and not request.soft_prompt.is_key_values:
-                await self._computations.ensure(request.soft_prompt)
-            if await self._stream(request, matcher):
+            if source is not None and not source.is_key_values:
+                running.waits_for = WaitsFor.SOFT_PROMPT
+                await self._computations.ensure(source, lora)
+            running.waits_for = WaitsFor.TURN
+            if await self._stream(request, source, lora, matcher):
                 return
-            await self._explain(request)
+            await self._explain(request, source)
         raise SoftPromptLoadError("the soft prompt was evicted from host memory again and again before its use")
 
-    async def _explain(self, request: GenerateRequest) -> None:
+    async def _explain(self, request: GenerateRequest, source: SoftPromptSource | None) -> None:
         """After vLLM has failed a request before its first token: raise the reason, or return to try again."""
-        source = request.soft_prompt
         if source is None:
             if request.params.constraint is not None:
                 failure = RequestFailure(ErrorCode.CONSTRAINT, "vLLM could not compile the constraint")
@@ -246,21 +271,25 @@ class Front:
             raise SoftPromptLoadError(NOT_LOADED)
         self._computations.forget(source.identity)
 
-    async def _stream(self, request: GenerateRequest, matcher: Matcher | None) -> bool:
+    async def _stream(
+        self, request: GenerateRequest, source: SoftPromptSource | None, lora: Any, matcher: Matcher | None
+    ) -> bool:
         """Pass on what vLLM generates; False if vLLM failed the request before its first token."""
-        source, params = request.soft_prompt, request.params
+        params, adapter = request.params, None if request.adapter is None else request.adapter.digest
         num_virtual = 0 if source is None else source.num_virtual_tokens
         # The text's own first token adds nothing to the set of tokens that a repetition penalty has seen.
         token_ids = request.prompt_token_ids[:1] * num_virtual + request.prompt_token_ids
-        use = Use(request_id=request.request_id, role=None if source is None else Role.LOAD, source=source)
+        role = None if source is None else Role.LOAD
+        use = Use(request_id=request.request_id, role=role, source=source, adapter=adapter)
         # vLLM has no logprobs of tokens whose keys and values it finds in its cache.
-        salt = uuid4().hex if params.prompt_logprobs is not None else salt_of(request.salt, source)
+        salt = uuid4().hex if params.prompt_logprobs is not None else salt_of(request.salt, source, adapter)
         inputs = tokens_input(token_ids, cache_salt=salt)
         try:
             converted = vllm_params(params, use, self._model.eos_token_ids)
         except ValueError as error:
             raise _RefusedError(str(error)) from error
-        outputs = self._llm.generate(inputs, converted, request.request_id, priority=request.priority)
+        priority = request.priority + (2 * MAX_PRIORITY + 1 if request.is_batch else 0)
+        outputs = self._llm.generate(inputs, converted, request.request_id, lora_request=lora, priority=priority)
         is_first = True
         async with aclosing(outputs):
             async for output in outputs:
@@ -377,13 +406,22 @@ class Front:
             return f"the request needs {needed} positions; a sequence has at most {model.max_model_len}"
         return None
 
-    # Soft prompts
+    # Soft prompts and adapters
 
-    async def _compute(self, source: SoftPromptSource) -> None:
+    def _adapter(self, source: AdapterSource | None) -> AbstractAsyncContextManager[Any]:
+        """Hold an adapter: vLLM's form of it, or None."""
+        return nullcontext() if self._lora is None else self._lora.use(source)
+
+    async def _warm(self, source: AdapterSource) -> None:
+        """Load an adapter. vLLM can keep it only in a place for a running one, so it is not kept."""
+        async with self._adapter(source):
+            pass
+
+    async def _compute(self, source: SoftPromptSource, lora: Any) -> None:
         """Let vLLM compute a soft prompt of embeddings; the connector keeps the result."""
         rows = await asyncio.to_thread(self._read, source)
         inputs = embeds_input(rows, cache_salt=f"compute:{source.identity}")
-        await self._run(inputs, Role.COMPUTE, source)
+        await self._run(inputs, Role.COMPUTE, source, lora)
 
     async def _pin(self, source: SoftPromptSource) -> None:
         if not source.is_key_values:
@@ -394,11 +432,11 @@ class Front:
     async def _tell(self, role: Role, source: SoftPromptSource) -> None:
         await self._run(tokens_input([0], cache_salt="control"), role, source)
 
-    async def _run(self, inputs: Any, role: Role, source: SoftPromptSource) -> None:
+    async def _run(self, inputs: Any, role: Role, source: SoftPromptSource, lora: Any = None) -> None:
         """Run a request for its effect on the connector."""
         request_id = f"{role.value}-{uuid4().hex}"
         params = one_token(Use(request_id=request_id, role=role, source=source))
-        outputs = self._llm.generate(inputs, params, request_id)
+        outputs = self._llm.generate(inputs, params, request_id, lora_request=lora)
         async with aclosing(outputs):
             async for output in outputs:
                 if output.outputs[0].finish_reason == "error":
@@ -412,8 +450,8 @@ class Front:
                 await work
             except (EngineEndedError, VllmDeadError):
                 self._note_end()
-            except SoftPromptLoadError as error:
-                logger.warning("a soft prompt cannot be pinned: %s", error)
+            except (SoftPromptLoadError, AdapterRefusedError, AdapterUnreadableError) as error:
+                logger.warning("a pin failed: %s", error)
             except Exception:
                 logger.exception("a pin failed")
 
@@ -426,12 +464,15 @@ class Front:
         self._flush_soon()
 
 
-def salt_of(tenant: str, source: SoftPromptSource | None) -> str:
-    """What distinguishes cached blocks: no tenant finds another's, and no soft prompt another's text.
+def salt_of(tenant: str, source: SoftPromptSource | None, adapter: str | None) -> str:
+    """What distinguishes cached blocks: no tenant finds another's, and no soft prompt or adapter another's text.
 
-    A LoRA adapter will be a third part.
+    Args:
+        tenant: Whose request it is.
+        source: The soft prompt.
+        adapter: The adapter's digest.
     """
-    parts = (tenant, "" if source is None else source.identity)
+    parts = (tenant, "" if source is None else source.identity, adapter or "")
     digest = hashlib.sha256()
     for part in parts:
         encoded = part.encode()

@@ -21,8 +21,10 @@ from server.config import EngineSettings
 from server.engine.frames import HEADER_BYTES, MAX_BODY_BYTES
 from server.engine.messages import (
     FromEngine,
+    Progress,
     Ready,
     Shutdown,
+    Stage,
     Start,
     StartFailed,
     ToEngine,
@@ -64,14 +66,25 @@ async def serve(connection: socket.socket) -> int:
     first = await _receive(reader)
     if not isinstance(first, Start):
         return 0
+    send(Progress(Stage.LOADING))
     try:
         service = _start(first.settings, send)
     except EngineStartError as error:
         send(StartFailed(error.message))
         await _close(writer)
         return 1
+    send(Progress(Stage.CHECKING))
+    try:
+        await service.finish_start()
+    except EngineStartError as error:
+        send(StartFailed(error.message))
+        await service.close()
+        await _close(writer)
+        return 1
     send(Ready(service.model))
+    reporting = asyncio.create_task(service.report_metrics())
     status = await _loop(reader, service)
+    reporting.cancel()
     await service.close()
     await _close(writer)
     return status

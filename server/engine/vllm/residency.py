@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from prompt_store.histogram import LOAD_SECONDS_BOUNDS, Histogram
-from server.engine.types import HostTierStats, SoftPromptSource
+from server.engine.stats import EngineTierStats
+from server.engine.types import SoftPromptSource
 
 MAX_UNCLAIMED = 64
 """Computed soft prompts that no request has used yet and that the budget does not count; usually one use follows."""
@@ -89,9 +90,9 @@ class Residency:
         self._load_seconds = Histogram.empty(LOAD_SECONDS_BOUNDS)
 
     @property
-    def stats(self) -> HostTierStats:
+    def stats(self) -> EngineTierStats:
         """The current state, and counters since the start."""
-        return HostTierStats(
+        return EngineTierStats(
             resident=self._resident,
             resident_bytes=self._resident_bytes,
             hits=self._hits,
@@ -144,6 +145,12 @@ class Residency:
         if identity in self._pinned:
             self._pinned.discard(identity)
             self.release(identity)
+
+    def discard(self, identity: str) -> None:
+        """Drop a soft prompt that no request and no pin uses."""
+        entry = self._entries.get(identity)
+        if entry is not None and entry.state is State.RESIDENT and not entry.users:
+            self._fail(identity, entry)
 
     def begin_computing(self, identity: str) -> int | None:
         """Expect a soft prompt that a request computes.

@@ -54,11 +54,12 @@ def vllm_params(params: SamplingParams, use: Use, eos_token_ids: Sequence[int]) 
     )
 
 
-def one_token(use: Use) -> VllmSamplingParams:
-    """The parameters of a request whose answer has no meaning."""
+def one_token(use: Use, *, logprobs: int | None = None) -> VllmSamplingParams:
+    """The parameters of a request for its effect on the connector, or for its first token's logprobs."""
     return VllmSamplingParams(
         max_tokens=1,
         temperature=0.0,
+        logprobs=logprobs,
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,

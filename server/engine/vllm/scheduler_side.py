@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from server.engine.types import HostTierStats
+from server.engine.stats import EngineTierStats
 from server.engine.vllm.residency import Read, Reported, Residency, State
 from server.engine.vllm.use import Role, Use, use_of
 
@@ -76,12 +76,13 @@ class Commands:
 
 
 class StepStats(msgspec.Struct, array_like=True):
-    """One step: wall time, sequences, computed tokens, distinct soft prompts."""
+    """One step: wall time, sequences, computed tokens, distinct soft prompts, distinct adapters."""
 
     seconds: float
     num_sequences: int
     num_tokens: int
     num_distinct: int
+    num_adapters: int
 
 
 class ConnectorStats(msgspec.Struct):
@@ -95,7 +96,7 @@ class ConnectorStats(msgspec.Struct):
         steps: Steps since the last report.
     """
 
-    host: HostTierStats
+    host: EngineTierStats
     num_loads: int
     num_hits: int
     started: list[str]
@@ -132,7 +133,7 @@ class SchedulerSide:
         self._commands = Commands()
         self._num_loads = self._num_hits = 0
         self._started: list[str] = []
-        self._running: deque[tuple[float, int, int, int]] = deque(maxlen=MAX_PENDING_STEPS)
+        self._running: deque[tuple[float, int, int, int, int]] = deque(maxlen=MAX_PENDING_STEPS)
         self._steps: deque[StepStats] = deque(maxlen=MAX_PENDING_STEPS)
 
     def new_request(self, request: Request) -> None:
@@ -153,6 +154,8 @@ class SchedulerSide:
             self.residency.pin(use.source)
         elif use.role is Role.UNPIN:
             self.residency.unpin(use.source.identity)
+        elif use.role is Role.DISCARD:
+            self.residency.discard(use.source.identity)
 
     def num_external_tokens(self, request: Request, num_computed: int) -> tuple[int | None, bool]:
         """How many tokens after the computed ones are loaded, and whether the request waits for them.
@@ -225,7 +228,8 @@ class SchedulerSide:
         if scheduled:
             known = [tracked for request_id in scheduled if (tracked := self._requests.get(request_id))]
             distinct = len({tracked.identity for tracked in known} - {None})
-            self._running.append((time.perf_counter(), len(scheduled), sum(scheduled.values()), distinct))
+            adapters = len({tracked.use.adapter for tracked in known} - {None})
+            self._running.append((time.perf_counter(), len(scheduled), sum(scheduled.values()), distinct, adapters))
         return commands
 
     def report(self, reported: Reported) -> None:
@@ -235,9 +239,8 @@ class SchedulerSide:
     def take_stats(self) -> ConnectorStats:
         """The state after a step."""
         if self._running:
-            began, num_sequences, num_tokens, num_distinct = self._running.popleft()
-            seconds = time.perf_counter() - began
-            self._steps.append(StepStats(seconds, num_sequences, num_tokens, num_distinct))
+            began, *counts = self._running.popleft()
+            self._steps.append(StepStats(time.perf_counter() - began, *counts))
         stats = ConnectorStats(
             self.residency.stats, self._num_loads, self._num_hits, self._started, list(self._steps)
         )

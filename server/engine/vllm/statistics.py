@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
+from prometheus_client import REGISTRY, CollectorRegistry, Metric, generate_latest
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from server.engine.stats import (
@@ -13,22 +14,35 @@ from server.engine.stats import (
     BATCH_TOKENS_BOUNDS,
     DISTINCT_PROMPTS_BOUNDS,
     STEP_SECONDS_BOUNDS,
+    EngineStats,
 )
-from server.engine.types import EngineStats, ModelInfo
+from server.engine.types import ModelInfo
 from server.engine.vllm.scheduler_side import ConnectorStats
+
+
+class _OwnOfVllm(CollectorRegistry):
+    """The part of the process's metrics that is vLLM's, without the times of creation."""
+
+    def collect(self) -> Iterator[Metric]:
+        """VLLM's metrics."""
+        for metric in REGISTRY.collect():
+            if metric.name.startswith("vllm:"):
+                metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+                yield metric
 
 
 class Statistics:
     """Collects the statistics of an engine's steps.
 
     Args:
-        on_step: Called with the ids of the requests that were given blocks, after each step.
+        on_step: Called after each step, with the ids of the requests that were given blocks and the number of those
+            in vLLM's queue.
 
     Attributes:
-        stats: The engine's state after the newest step. The counters of requests are the front's.
+        stats: The engine's state after the newest step. The front counts the requests, and those that wait.
     """
 
-    def __init__(self, on_step: Callable[[Sequence[str]], None]) -> None:
+    def __init__(self, on_step: Callable[[Sequence[str], int], None]) -> None:
         self.stats = EngineStats()
         self._on_step = on_step
 
@@ -44,7 +58,6 @@ class Statistics:
             return
         stats = self.stats
         stats.num_running = scheduler.num_running_reqs
-        stats.num_waiting = scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs
         stats.num_used_blocks = round(scheduler.kv_cache_usage * stats.num_blocks)
         stats.prefix_cache_queries += scheduler.prefix_cache_stats.queries
         stats.prefix_cache_hits += scheduler.prefix_cache_stats.hits
@@ -61,7 +74,14 @@ class Statistics:
             stats.batch_tokens.observe(BATCH_TOKENS_BOUNDS, step.num_tokens)
             stats.batch_distinct_prompts.observe(DISTINCT_PROMPTS_BOUNDS, step.num_distinct)
             stats.max_batch_distinct_prompts = max(stats.max_batch_distinct_prompts, step.num_distinct)
-        self._on_step(found.started)
+            stats.batch_distinct_adapters.observe(DISTINCT_PROMPTS_BOUNDS, step.num_adapters)
+            stats.max_batch_distinct_adapters = max(stats.max_batch_distinct_adapters, step.num_adapters)
+        self._on_step(found.started, scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs)
+
+    @staticmethod
+    def exposition() -> str:
+        """VLLM's own metrics, which it collects in this process, in Prometheus' text format."""
+        return generate_latest(_OwnOfVllm()).decode()
 
     def logger_factory(self) -> Callable[[Any, int], StatLoggerBase]:
         """What vLLM takes as one of its loggers."""

@@ -14,7 +14,8 @@ from fastapi import FastAPI
 from safetensors.numpy import save
 
 from server.api.classification.classification import MAX_LABEL_TOKENS
-from server.api.classification.routes import MAX_LABELS, head_label_names
+from server.api.classification.routes import MAX_LABELS
+from server.api.soft_prompts.head_labels import head_label_names
 from server.continuations import Context
 from server.errors import EngineDeadError, RequestFailedError
 from tests.support.api_fixtures import CountingStore, UploadParts
@@ -290,7 +291,7 @@ async def test_one_failure_fails_the_request_and_releases_everything(
     assert services.admission.num_in_use == 0
     assert engine.in_flight == 0
     text = (await client.get("/metrics")).text
-    assert 'prelude_requests_total{outcome="error",prompt="sentiment"} 1.0' in text
+    assert 'prelude_requests_total{outcome="error",prompt="sentiment",version="1"} 1.0' in text
     await client.get("/v1/prompts")
     assert len(store.leased) == len(store.released)
 
@@ -298,7 +299,7 @@ async def test_one_failure_fails_the_request_and_releases_everything(
 async def test_classification_is_counted_like_other_requests(client: httpx.AsyncClient, topics: str) -> None:
     await client.post("/v1/classify", json={"model": topics, "input": "a"})
     text = (await client.get("/metrics")).text
-    assert 'prelude_requests_total{outcome="stop",prompt="topics"} 1.0' in text
+    assert 'prelude_requests_total{outcome="stop",prompt="topics",version="1"} 1.0' in text
     assert "prelude_e2e_request_latency_seconds_count 1.0" in text
 
 

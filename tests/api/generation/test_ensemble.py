@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.api.inference.ensemble import MAX_MEMBERS, decide, elect
-from server.engine.types import GenerateRequest, Logprobs, TokenEvent
+from server.engine.types import GenerateRequest, Logprobs, Member, TokenEvent
 from server.errors import EngineDeadError
 from server.logs import FIELDS
 from tests.api.classification.test_classify import classifier_parts
@@ -23,6 +23,7 @@ from tests.support.api_fixtures import CountingStore, UploadParts, WaitUntil
 from tests.support.fake_engine import CONTEXT, FakeEngine
 from tests.support.live_server import LiveServer
 from tests.support.presence import present
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -212,10 +213,10 @@ async def test_mean_mode_generates_one_text(
     assert usage["prompt_tokens_details"]["virtual_tokens"] == 2 * (4 + 5 + 6)
     assert len(engine.requests) == 4
     for request in engine.requests:
-        members = [request.soft_prompt, *request.others]
+        members = [request.soft_prompt, *(one.soft_prompt for one in request.others)]
         assert [present(member).num_virtual_tokens for member in members] == [4, 5, 6]
     await client.get("/v1/prompts")
-    assert len(store.leased) == len(store.released) == 3
+    await until(lambda: len(store.leased) == len(store.released) == 3)
 
 
 async def test_mean_mode_supports_streams_echo_and_the_base_as_a_member(
@@ -224,7 +225,7 @@ async def test_mean_mode_supports_streams_echo_and_the_base_as_a_member(
     body = {"model": ["b", "tiny"], "prompt": "p", "ensemble": "mean", "echo": True}
     assert (await client.post("/v1/completions", json=body)).json()["choices"][0]["text"] == "phello world"
     request = engine.requests[0]
-    assert (present(request.soft_prompt).num_virtual_tokens, request.others) == (5, (None,))
+    assert (present(request.soft_prompt).num_virtual_tokens, request.others) == (5, (Member(),))
     response = await client.post("/v1/completions", json=body | {"stream": True})
     chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "phello world"
@@ -250,7 +251,7 @@ def test_each_member_in_mean_mode_takes_a_permit(
     assert {ending for _, ending in engine.ended} == {"abort"}
     text = httpx.get(f"{live.url}/metrics").text
     for name in "abc":
-        assert f'prelude_requests_total{{outcome="abort",prompt="{name}"}} 1.0' in text
+        assert f'prelude_requests_total{{outcome="abort",prompt="{name}",version="1"}} 1.0' in text
 
 
 async def test_unsupported_options_of_mean_mode_are_refused(
@@ -282,7 +283,7 @@ async def test_unsupported_options_of_mean_mode_are_refused(
         assert what in error["message"]
     assert len(engine.requests) == num_asked
     await client.get("/v1/prompts")
-    assert len(store.leased) == len(store.released)
+    await until(lambda: len(store.leased) == len(store.released))
     assert app.state.services.admission.num_in_use == 0
 
 
@@ -333,7 +334,7 @@ async def test_errors_name_the_bad_field(
     assert engine.requests == []
     assert app.state.services.admission.num_in_use == 0
     await client.get("/v1/prompts")
-    assert len(store.leased) == len(store.released)
+    await until(lambda: len(store.leased) == len(store.released))
 
 
 @pytest.mark.parametrize(
@@ -355,9 +356,9 @@ async def test_options_for_one_soft_prompt_are_refused_for_ensembles(
 
 async def test_chat_refuses_ensembles(client: httpx.AsyncClient, three: list[str]) -> None:
     messages = [{"role": "user", "content": "i"}]
-    for name, value in (("model", three), ("prompt_ids", three), ("ensemble", "vote")):
-        response = await client.post("/v1/chat/completions", json={name: value, "messages": messages})
-        assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+    for fields in ({"model": three}, {"prompt_ids": three, "ensemble": "mean"}, {"model": "a", "ensemble": "vote"}):
+        response = await client.post("/v1/chat/completions", json=fields | {"messages": messages})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "ensemble")
 
 
 @pytest.mark.parametrize(
@@ -385,7 +386,7 @@ async def test_the_error_names_the_missing_member(
     assert (response.status_code, error["param"]) == (404, param)
     assert ("gone" if "gone" in str(fields) else "b") in error["message"]
     await client.get("/v1/prompts")
-    assert len(store.leased) == len(store.released) > 0
+    await until(lambda: len(store.leased) == len(store.released) > 0)
     assert app.state.services.admission.num_in_use == 0
     assert engine.requests == []
 
@@ -406,7 +407,7 @@ async def test_one_failure_fails_the_request_and_releases_everything(
     body = {"model": three, "input": "i", "labels": ["x"], "prompt": "i", "ensemble": how}
     assert (await client.post(path, json=body)).status_code == 503
     await client.get("/v1/prompts")
-    assert len(store.leased) == len(store.released) == 3
+    await until(lambda: len(store.leased) == len(store.released) == 3)
     assert app.state.services.admission.num_in_use == 0
     assert engine.in_flight == 0
 
@@ -496,4 +497,4 @@ async def test_an_ensemble_is_one_log_line_and_one_count_per_member(
     assert "version" not in line
     text = (await client.get("/metrics")).text
     for name in three:
-        assert f'prelude_requests_total{{outcome="stop",prompt="{name}"}} 1.0' in text
+        assert f'prelude_requests_total{{outcome="stop",prompt="{name}",version="1"}} 1.0' in text

@@ -94,7 +94,7 @@ async def test_a_timeout_is_503_with_retry_after(client: httpx.AsyncClient, engi
     assert response.json()["error"]["code"] == "overloaded_waiting"
     assert int(response.headers["retry-after"]) > 0
     text = (await client.get("/metrics")).text
-    assert 'prelude_requests_total{outcome="error",prompt="-"} 1.0' in text
+    assert 'prelude_requests_total{outcome="error",prompt="-",version="-"} 1.0' in text
     assert 'prelude_request_errors_total{code="overloaded_waiting"} 1.0' in text
 
 
@@ -130,3 +130,49 @@ async def test_the_duration_of_each_phase_is_observed(client: httpx.AsyncClient,
         "prelude_request_prefill_time_seconds_count 1.0",
         "prelude_request_decode_time_seconds_count 1.0",
     } <= lines
+
+
+@pytest.mark.parametrize(
+    ("tier", "is_batch"), [("batch", True), ("flex", True), ("auto", False), ("default", False), (None, False)]
+)
+async def test_the_service_tier_reaches_the_engine(
+    client: httpx.AsyncClient, engine: FakeEngine, tier: str | None, is_batch: bool
+) -> None:
+    fields = {"service_tier": tier}
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    assert (await client.post("/v1/chat/completions", json=chat | fields)).status_code == 200
+    assert (await client.post("/v1/completions", json={"prompt": "a"} | fields)).status_code == 200
+    classified = {"input": "a", "labels": ["b"]} | fields
+    assert (await client.post("/v1/classify", json=classified)).status_code == 200
+    assert [request.is_batch for request in engine.requests] == [is_batch] * 3
+
+
+async def test_only_its_own_timeout_applies_to_the_batch_tier(
+    max_wait: float, client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    body = {"prompt": "a", "service_tier": "batch"}
+    await client.post("/v1/completions", json=body)
+    await client.post("/v1/completions", json=body | {"timeout": 100})
+    assert [request.timeout for request in engine.requests] == [None, 100.0]
+
+
+async def test_the_batch_tier_takes_no_places_of_the_others(client: httpx.AsyncClient, app: FastAPI) -> None:
+    services = app.state.services
+    with services.batch_admission.permits(services.batch_admission.capacity):
+        refused = await client.post("/v1/completions", json={"prompt": "a", "service_tier": "batch"})
+        assert refused.status_code == 429
+        assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 200
+    with services.admission.permits(services.admission.capacity):
+        assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 429
+        served = await client.post("/v1/completions", json={"prompt": "a", "service_tier": "batch"})
+        assert served.status_code == 200
+
+
+async def test_the_batch_tier_has_histograms_of_its_own(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.queue_seconds = 0.001
+    await client.post("/v1/completions", json={"prompt": "a", "service_tier": "batch"})
+    text = (await client.get("/metrics")).text
+    names = ["time_to_first_token", "inter_token_latency", "e2e_request_latency"]
+    for name in [*names, "request_queue_time", "request_prefill_time", "request_decode_time"]:
+        assert f"prelude_{name}_seconds_count 0.0" in text
+        assert f"prelude_batch_tier_{name}_seconds_count 0.0" not in text

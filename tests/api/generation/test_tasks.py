@@ -26,14 +26,14 @@ async def ask(client: httpx.AsyncClient, path: str = PATHS[0], **fields: Any) ->
 @pytest.fixture
 def record(store: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Replace these fields in the version of every lease."""
-    lease = store.lease
+    lease = store.lease_for_request
 
     def change(**fields: Any) -> None:
-        def leased(ref: Any, access: Any) -> Any:
-            found = lease(ref, access)
+        def leased(*arguments: Any) -> Any:
+            found = lease(*arguments)
             return replace(found, version=replace(found.version, **fields))
 
-        monkeypatch.setattr(store, "lease", leased)
+        monkeypatch.setattr(store, "lease_for_request", leased)
 
     return change
 

@@ -19,7 +19,7 @@ from server.api.inference.request_record import RequestRecord
 from server.api.inference.responses import Usage
 from server.api.keys.callers import ANYBODY
 from server.api.keys.limits import Allowance, KeyLimiter, Limits
-from server.metrics import Metrics
+from server.metrics.metrics import Metrics
 from tests.support.api_fixtures import CountingStore
 from tests.support.fake_engine import FakeEngine
 
@@ -91,9 +91,9 @@ class Outcomes:
             self.ended.append(outcome)
             end(record, outcome, usage)
 
-        def count_and_note(metrics: Metrics, name: str | None, outcome: str) -> None:
+        def count_and_note(metrics: Metrics, name: str | None, outcome: str, **measured: Any) -> None:
             self.counted.append((name, outcome))
-            count(metrics, name, outcome)
+            count(metrics, name, outcome, **measured)
 
         monkeypatch.setattr(Call, "admit", admit_and_note)
         monkeypatch.setattr(RequestRecord, "end", end_and_note)

@@ -271,7 +271,13 @@ async def test_aliases_can_be_set_moved_and_deleted(
     await upload(client, upload_parts("sentiment", seed=1))
     url = "/v1/prompts/sentiment/aliases/canary"
     reply = await client.put(url, json={"version": 1})
-    assert reply.json() == {"object": "prompt.alias", "id": "sentiment", "alias": "canary", "version": 1}
+    assert reply.json() == {
+        "object": "prompt.alias",
+        "id": "sentiment",
+        "alias": "canary",
+        "version": 1,
+        "rollout": None,
+    }
     assert (await client.put(url, json={"version": 2, "expected_version": 1})).status_code == 200
     conflict = await client.put(url, json={"version": 1, "expected_version": 1})
     assert conflict.status_code == 409
@@ -308,6 +314,7 @@ async def test_a_version_can_be_deleted(client: httpx.AsyncClient, upload_parts:
         "deleted": True,
         "versions": [1],
         "aliases": {},
+        "ended_rollouts": [],
     }
     assert (await client.get("/v1/prompts/sentiment/versions/1")).status_code == 404
     assert (await client.get("/v1/prompts/sentiment/versions/2")).status_code == 200
@@ -411,3 +418,24 @@ async def test_soft_prompts_are_listed_as_models(client: httpx.AsyncClient, sent
     assert (await client.get("/v1/models/tiny")).json() == base
     assert (await client.get("/v1/models/sentiment@1")).json() == prompt | {"id": "sentiment@1"}
     assert (await client.get("/v1/models/no-such")).json()["error"]["code"] == "model_not_found"
+
+
+async def test_lists_are_searched_and_ordered(client: httpx.AsyncClient, upload_parts: UploadParts) -> None:
+    for seed, (name, text) in enumerate((("beta", "writes a Haiku"), ("alpha", ""))):
+        parts = upload_parts(name, seed=seed, description=text)
+        assert (await client.post("/v1/prompts", **parts)).status_code == 201
+
+    async def listed(query: str) -> list[str]:
+        response = await client.get(f"/v1/prompts?{query}")
+        assert response.status_code == 200, response.text
+        return [one["id"] for one in response.json()["data"]]
+
+    assert await listed("q=haiku") == ["beta"]
+    assert await listed("peft_type=PREFIX_TUNING") == []
+    assert await listed("sort=created") == ["alpha", "beta"]
+    assert await listed("sort=created&order=asc") == ["beta", "alpha"]
+    assert await listed("order=desc") == ["beta", "alpha"]
+    assert await listed("sort=updated&limit=1&after=alpha") == ["beta"]
+    for query, param in (("sort=size", "sort"), ("order=up", "order"), ("sort=used&after=ghost", "after")):
+        response = await client.get(f"/v1/prompts?{query}")
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from prompt_store.formats import FormatType, PromptFormat, SamplingDefaults
 from prompt_store.types import Lineage, TaskType
 from server.api.prompts.upload_form import MAX_DESCRIPTION_CHARS, MAX_TAGS, UploadForm
 from server.errors import InvalidRequestError
@@ -33,9 +34,13 @@ def test_all_fields_are_parsed() -> None:
             "shared": ["true"],
             "allow_other_base": ["false"],
             "task_type": ["SEQ_CLS"],
+            "format": ['{"type": "template", "template": "Q: {{ text }}", "sampling": {"stop": "."}}'],
         }
     )
     assert (form.alias, form.description, form.tags) == ("canary", "text", ("a", "b", "c"))
+    assert form.format == PromptFormat(
+        FormatType.TEMPLATE, template="Q: {{ text }}", sampling=SamplingDefaults(stop=(".",))
+    )
     assert form.metadata == {"x": [1]}
     assert form.lineage == Lineage(parent="p@1", scores={"accuracy": 1.0})
     assert (form.shared, form.allow_other_base, form.task_type) == (True, False, TaskType.SEQ_CLS)
@@ -52,6 +57,9 @@ def test_all_fields_are_parsed() -> None:
         ("description", ["a\0"], "NUL characters are not allowed"),
         ("tags", ["A"], "tag 'A' is not valid"),
         ("tags", [f"t{number}" for number in range(MAX_TAGS + 1)], "at most 32, not 33"),
+        ("format", ["row"], "not valid JSON"),
+        ("format", ["template"], "format.template is missing"),
+        ("format", ['{"type": "template", "template": "{{ x }}"}'], "the only variable is text"),
         ("metadata", ["{"], "not valid JSON"),
         ("metadata", ["[]"], "must be a JSON object"),
         ("metadata", ["[" * 100_000], "not valid JSON"),

@@ -9,9 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
+from prompt_store.cached_catalog import CachedCatalog
 from prompt_store.catalog.catalog import Catalog
 from prompt_store.catalog.watch import CatalogStatus
 from prompt_store.errors import StoreUnavailableError
+from server.api.keys.callers import Scope
 from server.config import Settings
 from tests.support.api_fixtures import CountingStore, UploadParts
 from tests.support.fake_engine import FakeEngine
@@ -40,9 +42,13 @@ NAMING: list[tuple[str, dict[str, Any]]] = [
 
 REQUESTS = [
     *(
-        (method, path.replace("{model_id:path}", "{id}"), {"PUT": {"version": 1}, "POST": {}}.get(method))
-        for method, path in OPERATIONS.by_route
-        if "{id}" in path or "{model_id" in path
+        (
+            method,
+            path.replace("{model_id:path}", "{id}") + ("?to=1" if path.endswith("/diff") else ""),
+            {"PUT": {"version": 1}, "POST": {"keep": 1, "older_than": 0}, "PATCH": {}}.get(method),
+        )
+        for (method, path), operation in OPERATIONS.by_route.items()
+        if ("{id}" in path or "{model_id" in path) and operation.scopes != {Scope.ADMIN}
     ),
     *(
         ("POST", path, body | naming)
@@ -102,7 +108,7 @@ def catalog(
             return 404
         if request.param == "known to be away":
             status = CatalogStatus(False, "the catalog takes connections and does not answer", 0.0, 1)
-            monkeypatch.setattr(type(store._store), "status", property(lambda _: status))
+            monkeypatch.setattr(CachedCatalog, "status", property(lambda _: status))
             return 503
         for name in vars(Catalog):
             if not name.startswith("_") and name not in ("is_shared", "close"):
@@ -146,7 +152,7 @@ async def test_requests_of_others_do_not_evict_a_cached_name(
     await client.post("/v1/completions", json={"model": "mine", "prompt": "x"}, headers=bearer("a"))
     for method, path, body in REQUESTS:
         await answer(client, method, path, body, "mine")
-    assert len(store._store._resolved._names) == 1
+    assert len(store._store._cached._resolved._names) == 1
 
 
 async def test_a_missing_directory_is_503_until_it_returns(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -78,3 +78,55 @@ def test_a_name_that_does_not_resolve_is_an_error(client: Client) -> None:
 def test_the_default_concurrency_follows_the_servers_limits(card: dict[str, Any] | ClientError, count: int) -> None:
     client = Client({}, card) if isinstance(card, ClientError) else Client({}, card=card)
     assert default_concurrency(client, "a@3") == count
+
+
+class Registry(PreludeClient):
+    """A client of a server with a base, a soft prompt and two adapters, one of them with a head."""
+
+    KINDS: ClassVar = {
+        "tone": ("soft_prompt", "CAUSAL_LM"),
+        "triage": ("adapter", "CAUSAL_LM"),
+        "topics": ("adapter", "SEQ_CLS"),
+    }
+
+    def __init__(self) -> None:
+        """Connect to nothing."""
+
+    def version(self, ref: PromptRef) -> dict[str, Any]:
+        if ref.name not in self.KINDS:
+            raise failure(404)
+        kind, task_type = self.KINDS[ref.name]
+        return {"id": ref.name, "version": ref.version or 3, "kind": kind, "task_type": task_type}
+
+    def model(self, name: str) -> dict[str, Any]:
+        names = {part.partition("@")[0] for part in name.removeprefix("base:").split("+")}
+        if name != "base" and not names <= self.KINDS.keys():
+            raise failure(404)
+        return {"id": name, "parent": None if name == "base" else "base"}
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "model", "has_head", "record"),
+    [
+        ("tone+triage", None, "tone@3+triage@3", False, "tone"),
+        ("triage@2+tone", None, "triage@2+tone@3", False, "tone"),
+        ("tone@1", "triage", "tone@1+triage@3", False, "tone"),
+        ("tone", "topics", "tone@3+topics@3", True, "tone"),
+        ("base", "triage", "triage@3", False, "triage"),
+        ("base:tone", "triage", "base:tone+triage@3", False, "triage"),
+        ("base:tone+triage", None, "base:tone+triage", False, None),
+        ("topics", None, "topics@3", True, "topics"),
+    ],
+)
+def test_both_names_of_a_pair_become_versions(
+    name: str, adapter: str | None, model: str, has_head: bool, record: str | None
+) -> None:
+    found = resolve_model(Registry(), name, adapter)
+    assert (found.model, found.has_head) == (model, has_head)
+    assert (found.record and found.record["id"]) == record
+
+
+@pytest.mark.parametrize(("name", "adapter"), [("tone+none", None), ("tone", "none"), ("none", "triage")])
+def test_a_missing_one_of_a_pair_is_an_error(name: str, adapter: str | None) -> None:
+    with pytest.raises(ClientError, match="it said no"):
+        resolve_model(Registry(), name, adapter)

@@ -59,6 +59,7 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(path: Path) -> None:
         (b'{"messages": ["a"]}', "messages: should be a list"),
         (b'{"text": "a", "model": 1}', "model: should be a string"),
         (b'{"text": "a", "prompt_id": ""}', "prompt_id: should be a string"),
+        (b'{"text": "a", "adapter_id": 7}', "adapter_id: should be a string that names an adapter"),
         (b'{"text": "a", "prompt_id": "x", "model": "y"}', "model already names a soft prompt"),
         (b'{"text": "a", "task_id": true}', "task_id: should be an integer"),
         (b'{"text": "a", "response": 1}', "'response' is reserved for the output"),

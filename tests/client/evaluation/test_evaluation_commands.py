@@ -159,6 +159,9 @@ def test_a_head_is_requested_without_labels(prelude: Prelude, live: LiveServer, 
     path.write_text('{"text": "a", "label": "z"}\n{"text": "b", "label": "x"}\n')
     report = json.loads(prelude("eval", "topics", "--data", str(path), "--json").stdout)
     assert report["confusion"]["counts"] == [[0, 1, 0], [0, 1, 0]]  # the labels are x and z; both predictions are z
+    refused = prelude("eval", "topics", "--data", str(path), "--generate")
+    assert refused.exit_code == 2
+    assert "has a classification head, and does not generate" in " ".join(refused.stderr.replace("│", " ").split())
 
 
 def test_completions_and_conversations_are_scored_by_exact_match(
@@ -191,6 +194,56 @@ def test_tasks_are_sent_only_to_multitask_prompts(
     assert [request.soft_prompt and request.soft_prompt.task_id for request in engine.requests] == [2, None]
 
 
+@pytest.mark.parametrize(("mode", "sentence"), [([], "vote"), (["--ensemble", "mean"], "mean")])
+def test_an_ensemble_is_scored_as_one_model(
+    prelude: Prelude,
+    versions: None,
+    peft_directory: PeftDirectory,
+    data: Data,
+    judging: Judging,
+    mode: list[str],
+    sentence: str,
+) -> None:
+    prelude("push", str(peft_directory("third", rows=6)), "--id", "third")
+    judging({4: 6, 5: 2, 6: 2})
+    members = "sentiment@1,sentiment@2,third"
+    arguments = ["eval", members, "--data", str(data()), "--against", "sentiment@1", *mode, "--json"]
+    result = prelude(*arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["model"] == f"sentiment@1, sentiment@2, third@1 ({sentence})"
+    assert (report["accuracy"], report["against"]["accuracy"]) == (pytest.approx(0.8), pytest.approx(0.4))
+
+
+def test_the_members_of_an_ensemble_need_one_separator(
+    prelude: Prelude, versions: None, peft_directory: PeftDirectory, data: Data, judging: Judging
+) -> None:
+    for name, separator, rows in (("first", " = ", 6), ("second", "|", 7)):
+        metadata = json.dumps({"training": {"settings": {"separator": separator}}})
+        prelude("push", str(peft_directory(name, rows=rows)), "--id", name, "--metadata", metadata)
+    result = prelude("eval", "first,second", "--data", str(data()))
+    assert result.exit_code == 2
+    assert "trained with other separators" in " ".join(result.stderr.replace("│", " ").split())
+    judging({6: 0, 7: 0}, separator=" = ")
+    arguments = ["eval", "first,second", "--data", str(data()), "--separator", " = ", "--json"]
+    assert json.loads(prelude(*arguments).stdout)["accuracy"] == 1.0
+
+
+def test_generated_answers_are_scored_as_labels(
+    prelude: Prelude, versions: None, engine: FakeEngine, data: Data
+) -> None:
+    path = data(4)
+    arguments = ["eval", "sentiment", "--data", str(path), "--generate", "--max-tokens", "9", "--json"]
+    engine.reply = "\ngood "
+    report = json.loads(prelude(*arguments).stdout)
+    assert report["metric"] == "accuracy"
+    assert report["confusion"] == {"labels": ["bad", "good", "(other)"], "counts": [[0, 2, 0], [0, 2, 0]]}
+    assert {request.params.max_tokens for request in engine.requests} == {9}
+    assert all(not request.params.classify and not request.params.prompt_logprobs for request in engine.requests)
+    engine.reply = "\ngood enough"
+    assert json.loads(prelude(*arguments).stdout)["confusion"]["counts"] == [[0, 0, 2], [0, 0, 2]]
+
+
 def test_a_row_without_an_answer_is_wrong_and_reported(prelude: Prelude, tmp_path: Path) -> None:
     path = tmp_path / "test.jsonl"
     path.write_text(json.dumps({"text": "x" * 300, "label": "a"}) + '\n{"text": "t", "label": "a"}\n')
@@ -213,6 +266,10 @@ def test_a_row_without_an_answer_is_wrong_and_reported(prelude: Prelude, tmp_pat
         (["eval", "tiny", "--data", "{data}", "--url", "http://127.0.0.1:1"], 7, "cannot be reached"),
         (["eval", "tiny", "--data", "{texts}", "--png", "{data}.png"], 1, "needs data with labels"),
         (["eval", "tiny", "--data", "{data}", "--stop", "\udcff"], 2, "stop is not valid UTF-8"),
+        (["eval", "tiny,sentiment", "--data", "{data}", "--adapter", "x"], 2, "--adapter cannot be combined"),
+        (["eval", "tiny,sentiment", "--data", "{chats}"], 2, "an ensemble answers texts, not conversations"),
+        (["eval", "tiny", "--data", "{data}", "--ensemble", "vote"], 2, "--ensemble needs several names"),
+        (["eval", "tiny", "--data", "{texts}", "--generate"], 2, "--generate needs data with labels"),
         (["promote", "sentiment", "1", "--if-better-than", "latest"], 2, "must be given together"),
         (["promote", "sentiment", "1", "--data", "{data}"], 2, "must be given together"),
         (["promote", "sentiment", "1", "--significant", "0.05"], 2, "--significant needs"),
@@ -227,7 +284,10 @@ def test_bad_arguments_and_data_are_refused(
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": "a"}\n')
     (tmp_path / "texts.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    names = {"{bad}": str(tmp_path / "bad.jsonl"), "{data}": str(data()), "{texts}": str(tmp_path / "texts.jsonl")}
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}))
+    names = {f"{{{name}}}": str(tmp_path / f"{name}.jsonl") for name in ("bad", "texts", "chats")}
+    names["{data}"] = str(data())
 
     def filled(text: str) -> str:
         for name, path in names.items():
@@ -266,9 +326,11 @@ def test_a_better_version_is_promoted(
 ) -> None:
     judging({4: 0, 5: 4})
     arguments = ["promote", "sentiment", "1", "--if-better-than", "latest", "--data", str(data())]
-    result = prelude(*arguments)
+    result = prelude(*arguments, "--reason", "measured")
     assert (result.exit_code, result.stdout) == (0, "sentiment@latest is version 1\n"), result.output
     assert aliases(live) == {"latest": 1}
+    history = httpx.get(f"{live.url}/v1/prompts/sentiment/history").json()["data"]
+    assert history[0]["reason"] == "measured"
 
 
 def test_a_better_version_with_significance_and_json(

@@ -8,14 +8,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
-from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
-from transformers import AutoModelForSequenceClassification
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from server.demo.tour import HELDOUT_DIRECTORY, MODEL_DIRECTORY
+from tests.support.engine.adapters import randomise, targets_of
 from tests.support.serving import BASE, adapter, serving, upload
 from tests.support.vllm import needs_vllm, serving_vllm
+from tests.support.waiting import seconds_until
 
 pytestmark = [needs_vllm, pytest.mark.timeout(600)]
 
@@ -36,10 +40,11 @@ VARIABLE = {"id", "created", "system_fingerprint", "cached_tokens", "prompt_toke
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, httpx.Client]]:
     """A server of each engine, native first, with the embedded soft prompts."""
     folder = tmp_path_factory.mktemp("engines")
-    limits = ("--max-num-seqs", "16", "--max-num-batched-tokens", "64", "--max-model-len", "512")
+    limits = ("--max-num-seqs", "40", "--max-num-batched-tokens", "64", "--max-model-len", "512")
     with ExitStack() as stack:
         native, _ = stack.enter_context(serving(folder / "native", "--dtype", "float32", *limits))
-        other, _ = stack.enter_context(serving_vllm(folder / "vllm", *limits))
+        adapters = ("--max-loras", "2", "--max-adapter-rank", "8")
+        other, _ = stack.enter_context(serving_vllm(folder / "vllm", "--vllm-metrics", *adapters, *limits))
         for client in (native, other):
             for task in TASKS:
                 response = upload(client, task, *adapter(task))
@@ -110,6 +115,72 @@ def test_chat(engines: tuple[httpx.Client, httpx.Client], model: str) -> None:
     body = {"model": model, "messages": [{"role": "user", "content": TEXT}], **GREEDY}
     check_equal(engines, "/v1/chat/completions", body)
     check_equal(engines, "/v1/chat/completions", body | {"logprobs": True, "top_logprobs": 3})
+
+
+FUNCTIONS = {
+    "find_order": {
+        "type": "object",
+        "properties": {"order": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["order"],
+    },
+    "cancel": {"type": "object", "properties": {"now": {"type": "boolean"}}, "required": ["now"]},
+}
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": fields}} for name, fields in FUNCTIONS.items()]
+FORCED = {"any": "required", "one": {"type": "function", "function": {"name": "cancel"}}}
+
+
+@pytest.mark.parametrize("choice", FORCED)
+@pytest.mark.parametrize("model", [BASE, "intent", "dates"])
+def test_forced_tool_calls(engines: tuple[httpx.Client, httpx.Client], model: str, choice: str) -> None:
+    body = {"model": model, "messages": [{"role": "user", "content": TEXT}], "tools": TOOLS, **GREEDY}
+    body |= {"tool_choice": FORCED[choice], "max_tokens": 100}
+    (answer,) = check_equal(engines, "/v1/chat/completions", body)["choices"]
+    (call,) = answer["message"]["tool_calls"]
+    assert call["function"]["name"] in (FUNCTIONS if choice == "any" else {"cancel"})
+    assert json.loads(call["function"]["arguments"]).keys() == set(FUNCTIONS[call["function"]["name"]]["required"])
+
+
+def lora(folder: Path, seed: int, **more: Any) -> tuple[bytes, bytes]:
+    """The files of a LoRA with random weights."""
+    base = AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY)
+    base.config._name_or_path = base.name_or_path = ""
+    torch.manual_seed(seed)
+    targets = targets_of(base)["attention"]
+    model = get_peft_model(base, LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, target_modules=targets, **more))
+    randomise(model)
+    model.save_pretrained(str(folder))
+    return (folder / "adapter_config.json").read_bytes(), (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_adapters_alone_and_with_soft_prompts(engines: tuple[httpx.Client, httpx.Client], tmp_path: Path) -> None:
+    """A name's next version answers with its own weights at once, with texts and soft prompts that are cached."""
+    texts = set()
+    for seed in range(2):
+        files = lora(tmp_path / str(seed), seed)
+        for client in engines:
+            response = upload(client, "style", *files, allow_other_base="true")
+            assert response.status_code == 201, response.text
+            version = response.json()["version"]
+            client.put("/v1/prompts/style/aliases/latest", json={"version": version}).raise_for_status()
+        for model in ("style", "intent+style", "dates+style", BASE, "intent"):
+            body = {"model": model, "prompt": TEXT, **GREEDY, "logprobs": 2}
+            answer = check_equal(engines, "/v1/completions", body)
+            texts.add((model, answer["choices"][0]["text"]))
+    assert len({text for model, text in texts if model == "style"}) == 2
+    assert len({text for model, text in texts if model == BASE}) == 1
+
+
+def test_an_adapter_that_vllm_does_not_apply_is_refused_at_upload(
+    engines: tuple[httpx.Client, httpx.Client], tmp_path: Path
+) -> None:
+    files = lora(tmp_path, 0, use_dora=True)
+    native, other = (upload(client, "dora", *files, allow_other_base="true") for client in engines)
+    assert native.status_code == 201, native.text
+    engines[0].delete("/v1/prompts/dora").raise_for_status()
+    assert other.status_code == 400
+    (fault,) = other.json()["error"]["details"]
+    assert fault["code"] == "unsupported_variant"
+    assert "DoRA" in fault["message"]
 
 
 @pytest.mark.parametrize("model", [BASE, "sentiment", "dates"])
@@ -232,7 +303,73 @@ def test_metrics_count_what_has_been_served(engines: tuple[httpx.Client, httpx.C
     check_equal(engines, "/v1/completions", {"model": "intent", "prompt": TEXT, **GREEDY})
     lines = client.get("/metrics").text.splitlines()
     values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
+    seconds_until(lambda: "vllm:generation_tokens_total{" in client.get("/metrics").text, 10)
+    assert "vllm:" not in engines[0].get("/metrics").text
     for name in ("generation_tokens", "prompt_tokens", "virtual_tokens", "engine_steps"):
         assert values[f"prelude_{name}_total"] > 0
     assert values["prelude_step_seconds_count"] > 0
     assert values['prelude_soft_prompt_resident{tier="host"}'] >= 2
+
+
+NUM_STREAMS = 32
+NUM_CHANGES = 40
+STREAMED = {"prompt": TEXT, **GREEDY, "ignore_eos": True, "return_token_ids": True}
+
+
+@pytest.mark.anyio
+async def test_new_versions_are_promoted_under_32_streams(engines: tuple[httpx.Client, httpx.Client]) -> None:
+    """Each stream has all tokens, and those of the version that its header names."""
+    _, client = engines
+    of_task = {}
+    for task in TASKS:
+        answer = client.post("/v1/completions", json={"model": task, **STREAMED}).json()
+        of_task[task] = answer["choices"][0]["token_ids"]
+    assert len({tuple(answer) for answer in of_task.values()}) == len(TASKS)
+    assert upload(client, "moving", *adapter(TASKS[0])).status_code == 201
+    found: list[tuple[int, list[int]]] = []
+    is_done = anyio.Event()
+    async with (
+        httpx.AsyncClient(base_url=client.base_url, timeout=240) as http,
+        anyio.create_task_group() as group,
+    ):
+        for _ in range(NUM_STREAMS):
+            group.start_soon(_stream, http, found, is_done)
+        await anyio.sleep(2)
+        versions = {1: TASKS[0]}
+        for number in range(1, NUM_CHANGES):
+            task = TASKS[number % len(TASKS)]
+            config, weights = adapter(task)
+            version = await _upload(http, config, weights)
+            versions[version] = task
+            reply = await http.put("/v1/prompts/moving/aliases/latest", json={"version": version})
+            assert reply.status_code == 200, reply.text
+            answer = await http.post("/v1/completions", json={"model": "moving", **STREAMED})
+            assert answer.headers["x-prelude-prompt"] == f"moving@{version}"
+            assert answer.json()["choices"][0]["token_ids"] == of_task[task]
+        is_done.set()
+    assert len(found) >= 2 * NUM_STREAMS
+    assert {version for version, _ in found} > {1}
+    wrong = [(version, answer) for version, answer in found if answer != of_task[versions[version]]]
+    assert wrong == []
+    client.delete("/v1/prompts/moving").raise_for_status()
+
+
+async def _stream(http: httpx.AsyncClient, found: list[tuple[int, list[int]]], is_done: anyio.Event) -> None:
+    while not is_done.is_set():
+        answer: list[int] = []
+        async with http.stream(
+            "POST", "/v1/completions", json={"model": "moving", "stream": True, **STREAMED}
+        ) as response:
+            assert response.status_code == 200
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line.removeprefix("data: "))
+                    answer += event["choices"][0]["token_ids"]
+        found.append((int(response.headers["x-prelude-prompt"].rpartition("@")[2]), answer))
+
+
+async def _upload(http: httpx.AsyncClient, config: bytes, weights: bytes) -> int:
+    files = [("files", ("adapter_config.json", config)), ("files", ("adapter_model.safetensors", weights))]
+    reply = await http.post("/v1/prompts", data={"id": "moving", "alias": "candidate"}, files=files)
+    assert reply.status_code in (200, 201), reply.text
+    return int(reply.json()["version"])

@@ -4,127 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
-from collections.abc import Coroutine, Iterator
-from concurrent.futures import Future
-from contextlib import aclosing
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from prompt_store.types import ROWS_TENSOR
-from server.config import EngineSettings
-from server.engine.process.async_engine import AsyncEngine
-from server.engine.types import GenerateRequest, SamplingParams, SoftPromptSource
+from server.engine.types import AdapterSource, Member, SamplingParams, SoftPromptSource
 from server.errors import RequestFailedError, RequestRefusedError, UnsupportedByEngineError, WaitTimeoutError
 from tests.support.engine.harness import Family, greedy, random_text
-from tests.support.vllm import PYTHON, Question, make_vllm_family, needs_vllm, questions
+from tests.support.vllm import make_vllm_family, needs_vllm, questions
+from tests.support.vllm_engine import MAX_TOKENS, Engine, copy_of, expected
 
 pytestmark = [needs_vllm, pytest.mark.timeout(900)]
 
-MAX_TOKENS = 8
+
 KEYS = ("prompt_tuning_20", "p_tuning_7", "prefix_13", "prefix_projected_16")
 BUDGET = 400_000
 """Host memory of about 16 of the largest soft prompts."""
-Result = TypeVar("Result")
-
-
-class Engine:
-    """An engine on the event loop of a thread."""
-
-    def __init__(self, family: Family) -> None:
-        self.family = family
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
-        settings = EngineSettings(
-            model=str(family.path),
-            dtype="float32",
-            engine="vllm",
-            engine_python=PYTHON,
-            kv_cache_memory=4 * 2**20,
-            max_num_seqs=32,
-            max_num_batched_tokens=64,
-            soft_prompt_host_bytes=BUDGET,
-            enforce_eager=True,
-            num_threads=1,
-        )
-        self.engine = AsyncEngine(settings)
-        self.num_requests = 0
-        self.run(self.engine.start())
-
-    def submit(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        return self.submit(work).result(600)
-
-    def close(self) -> None:
-        self.run(self.engine.stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def ask(
-        self, source: SoftPromptSource | None, text: list[int], *, stop_after: int | None = None, **more: Any
-    ) -> list[int]:
-        """Greedy tokens, or the first of them if the request is aborted then."""
-        self.num_requests += 1
-        request = GenerateRequest(
-            request_id=str(self.num_requests),
-            prompt_token_ids=text,
-            params=more.pop("params", greedy(MAX_TOKENS)),
-            soft_prompt=source,
-            **more,
-        )
-        tokens: list[int] = []
-        if stop_after == 0:
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.001 * (self.num_requests % 7)):
-                    async for _ in self.engine.generate(request):
-                        await asyncio.sleep(1)
-            return tokens
-        async with aclosing(self.engine.generate(request)) as events:
-            async for event in events:
-                tokens += event.token_ids
-                if stop_after is not None and len(tokens) >= stop_after:
-                    break
-        return tokens
-
-    async def ask_all(self, asked: list[Question], **more: Any) -> list[list[int]]:
-        return await asyncio.gather(*(self.ask(self.family.source(key), text, **more) for key, text in asked))
-
-    def check(self, asked: list[Question]) -> None:
-        """The engine lives, answers as PEFT does, and holds no block."""
-        assert self.run(self.ask_all(asked)) == expected(self.family, asked)
-        assert self.engine.stats.restarts == 0
-        assert self.engine.stats.num_used_blocks == 0
-
-
-def expected(family: Family, asked: list[Question]) -> list[list[int]]:
-    return [family.expected(key, text, MAX_TOKENS) for key, text in asked]
+ADAPTER = AdapterSource(digest="a", path="/a", config_path="/c", num_parameters=1)
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = Engine(make_vllm_family("gemma3", tmp_path_factory.mktemp("family"), KEYS))
+    engine = Engine(make_vllm_family("gemma3", tmp_path_factory.mktemp("family"), KEYS), BUDGET)
     yield engine
     engine.close()
-
-
-def copy_of(source: SoftPromptSource, folder: Path, name: str) -> SoftPromptSource:
-    """The same soft prompt in another file, under another digest."""
-    path = folder / f"{name}.safetensors"
-    path.write_bytes(Path(source.path).read_bytes())
-    return SoftPromptSource(
-        digest=name,
-        num_virtual_tokens=source.num_virtual_tokens,
-        is_key_values=source.is_key_values,
-        path=str(path),
-    )
 
 
 def damaged(source: SoftPromptSource, folder: Path, how: str) -> SoftPromptSource:
@@ -332,7 +240,8 @@ def test_cached_blocks_are_kept_apart_by_soft_prompt_and_tenant(engine: Engine, 
         ({"params": greedy(300)}, RequestRefusedError),
         ({"params": SamplingParams(max_tokens=1, temperature=9.0)}, RequestRefusedError),
         ({"params": greedy(0, classify=True)}, UnsupportedByEngineError),
-        ({"others": (None,)}, UnsupportedByEngineError),
+        ({"others": (Member(),)}, UnsupportedByEngineError),
+        ({"adapter": ADAPTER}, UnsupportedByEngineError),
     ],
 )
 def test_what_can_never_be_served_is_refused(engine: Engine, more: dict[str, Any], error: type[Exception]) -> None:

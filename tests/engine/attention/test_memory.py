@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -23,6 +25,14 @@ def test_keys_and_values_take_the_rest() -> None:
         "memory: 80.00 GiB in total: 16.00 GiB for the weights, 2.00 GiB for the largest step, 1.00 GiB for CUDA "
         "graphs, 1.00 GiB outside of torch (CUDA and other processes), 40.00 GiB for keys and values of 327664 tokens"
     )
+
+
+def test_memory_for_adapters_is_kept() -> None:
+    profile = replace(PROFILE, adapters=GIB)
+    assert profile.needed == 21 * GIB
+    assert "1.00 GiB for CUDA graphs, 1.00 GiB for adapters, 1.00 GiB outside of torch" in str(profile)
+    with pytest.raises(ValueError, match="--max-num-batched-tokens, --adapter-device-memory or --max-num-seqs"):
+        profile.num_blocks(SPEC, utilization=0.26, max_model_len=8192, max_num_seqs=256)
 
 
 def test_no_more_blocks_than_sequences_can_use() -> None:

@@ -150,14 +150,20 @@ def test_attention_of_another_formula_or_other_weights_is_not_replaced() -> None
     class Quantised(nn.Linear):
         pass
 
+    class Codes(torch.Tensor):
+        """What torchao makes of a weight."""
+
     for kind in (Scaled, ClampedFarAway, ScaledFarAway):
         model = build(MistralConfig(**UNTIED))
         layers = model.model.layers
         layers[0].self_attn.__class__ = kind
         layers[1].self_attn.k_proj.__class__ = Quantised
+        gate = layers[0].mlp.gate_proj
+        gate.weight = torch.nn.Parameter(gate.weight.detach().as_subclass(Codes), requires_grad=False)
         fuse_layers(model)
         names = [type(layer.self_attn).__name__ for layer in layers]
         assert names == [kind.__name__, "MistralAttention", "FusedAttention"]
+        assert [type(layer.mlp).__name__ for layer in layers] == ["MistralMLP", "FusedMLP", "FusedMLP"]
 
 
 def test_a_layer_of_another_formula_keeps_its_own_pass() -> None:

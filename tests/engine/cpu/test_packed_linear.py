@@ -83,16 +83,22 @@ def test_only_plain_linears_are_replaced_and_tied_weights_stay(dtype: torch.dtyp
     class Quantised(nn.Linear):
         pass
 
+    class Codes(torch.Tensor):
+        """What torchao makes of a weight."""
+
+    other = nn.Linear(8, 8)
+    other.weight = nn.Parameter(torch.zeros(8, 8).as_subclass(Codes))
     shared = nn.Linear(8, 8, dtype=dtype)
     embedding = nn.Embedding(16, 8, dtype=dtype)
     head = nn.Linear(8, 16, bias=False, dtype=dtype)
     head.weight = embedding.weight
-    model = nn.ModuleDict({"a": shared, "b": shared, "q": Quantised(8, 8), "e": embedding, "h": head})
+    model = nn.ModuleDict({"a": shared, "b": shared, "q": Quantised(8, 8), "o": other, "e": embedding, "h": head})
     model.requires_grad_(False)
     assert pack_linears(model) == 2
     assert model["a"] is model["b"]
     assert isinstance(model["h"], PackedLinear)
     assert type(model["q"]) is Quantised
+    assert model["o"] is other
     assert model["e"].weight.shape == (16, 8)
 
 

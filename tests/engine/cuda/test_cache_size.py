@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed: it comes with tor
 
 from server.engine.attention.kv_cache import KVCache, max_blocks, min_blocks
 from server.engine.llm_engine import LLMEngine
-from server.engine.model.largest_step import LargestStep
+from server.engine.model.largest_step import LargestStep, widest_adapter
 from server.engine.model.platform import Platform
 from server.errors import EngineStartError
 from tests.support.engine.fake_cuda import FakeCUDA, FakeMemory, fake_cuda_platform
@@ -26,10 +26,16 @@ from tests.support.presence import present
 pytestmark = pytest.mark.slow
 
 MIB = 2**20
-LIMITS: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_cache_memory": None}
+LIMITS: dict[str, Any] = {
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "kv_cache_memory": None,
+    "adapter_device_bytes": 0,
+    "max_adapter_rank": 4,
+}
 CONTEXT = 256
-REFERENCES = 65_000
-"""Bytes of the logits and inputs of ``ExactnessCheck``, at most."""
+REFERENCES = 200_000
+"""Bytes of the logits and inputs of ``ExactnessCheck``, and of the adapter of ``AdapterCheck``, at most."""
 
 MakeEngine = Callable[..., LLMEngine]
 
@@ -52,6 +58,7 @@ def step_of(engine: LLMEngine) -> LargestStep:
         max_model_len=engine.model.max_model_len,
         max_num_seqs=LIMITS["max_num_seqs"],
         max_num_batched_tokens=LIMITS["max_num_batched_tokens"],
+        make_adapter=lambda: widest_adapter(present(runner.paged_model.adapter_backend), runner.dtype, 4),
     )
 
 
@@ -89,19 +96,28 @@ def test_keys_and_values_take_what_the_rest_leaves(
 def test_a_higher_peak_and_a_lower_utilization_leave_fewer_blocks(
     llama: Family, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And so does the memory for adapters."""
     counts = []
-    for extra_peak, others, utilization in ((0, 0, 0.9), (MIB // 2, 0, 0.9), (0, MIB // 2, 0.9), (0, 0, 0.85)):
+    for extra_peak, others, utilization, adapters in (
+        (0, 0, 0.9, 0),
+        (MIB // 2, 0, 0.9, 0),
+        (0, MIB // 2, 0.9, 0),
+        (0, 0, 0.85, 0),
+        (0, 0, 0.9, MIB // 2),
+    ):
         memory = FakeMemory(total=8 * MIB, others=others, extra_peak=extra_peak)
         with monkeypatch.context() as patch, FakeCUDA(patch, memory=memory), memory.live:
             limits = {"enforce_eager": True, "max_num_seqs": 64, "gpu_memory_utilization": utilization}
+            limits |= {"adapter_device_bytes": adapters}
             engine = start(make_engine, llama, patch, **limits)
             counts.append(engine.model.num_blocks)
             spec, size = engine.runner.cache_spec, engine.runner.cache_spec.block_bytes
             engine.close()
             del engine
-    most, of_peak, of_others, of_utilization = counts
+    most, of_peak, of_others, of_utilization, of_adapters = counts
     assert most < max_blocks(spec, CONTEXT, 64)
-    for count, less in ((of_peak, MIB // 2), (of_others, MIB // 2), (of_utilization, 0.05 * memory.total)):
+    halves = [(count, MIB // 2) for count in (of_peak, of_others, of_adapters)]
+    for count, less in (*halves, (of_utilization, 0.05 * memory.total)):
         assert abs((most - count) * size - less) <= size
 
 
@@ -204,8 +220,8 @@ def test_the_largest_step_scores_checks_and_samples_every_row(
     step, calls = step_of(engine), Counter[str]()
     rows = LIMITS["max_num_batched_tokens"] - LIMITS["max_num_seqs"] + 1
 
-    def score(chunks: Any, output: Any, boundary: Any) -> Any:
-        calls["scored"] += len(scores := original(chunks, output, boundary)["0"])
+    def score(*arguments: Any) -> Any:
+        calls["scored"] += len(scores := original(*arguments)["0"])
         assert len(scores) == rows - 1
         return {}
 

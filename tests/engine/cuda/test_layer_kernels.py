@@ -74,9 +74,8 @@ def test_kernels_equal_formulas_for_any_shape(
         mlp.gate_up_proj = nn.Linear(1, 2 * width, bias=False, dtype=dtype)
         mlp.down_proj = nn.Linear(width, 1, bias=False, dtype=dtype)
         gated_mlp = FusedMLP(mlp.to(DEVICE).requires_grad_(False), GatedForm(("gate_up_proj",), activation), kernels)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fused_layers, "_product", lambda *_: gates_and_ups)
-            gated = gated_mlp._gated(rows)
+        vars(gated_mlp)["_gate_up"] = lambda _: gates_and_ups
+        gated = gated_mlp._gated(rows)
         gate, up = gates_and_ups.chunk(2, dim=-1)
         torch.testing.assert_close(gated, function(gate) * up, **{**allowed, "atol": 16 * TOLERANCE[dtype]})
 
@@ -109,7 +108,7 @@ def test_kernels_equal_formulas_for_any_shape(
         return torch.zeros(num_rows, num_heads, head_dim, dtype=dtype, device=DEVICE)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_layers, "_product", lambda *_: projected)
+        vars(module)["_qkv"] = vars(module)["_o"] = lambda _: projected
         patch.setattr(backend, "attend", keep)
         metadata = make_metadata([([1], 0, num_rows)], 4, DEVICE)
         backend.begin(metadata)

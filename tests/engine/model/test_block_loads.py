@@ -15,10 +15,11 @@ from server.engine.attention.kv_cache import KVCache
 from server.engine.model import block_loads
 from server.engine.model.block_loads import BlockLoads
 from server.engine.model.soft_prompts import SoftPromptLoader
-from server.engine.scheduling.block_manager import BlockManager, SoftPromptRun
+from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.plan import StepPlan
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.scheduling.sequence import Sequence
+from server.engine.scheduling.soft_prompt_run import SoftPromptRun
 from server.engine.types import SamplingParams, SoftPromptSource
 from tests.support.engine.caches import make_cache
 from tests.support.engine.lazy_stream import LazyStream

@@ -186,7 +186,7 @@ def test_a_model_that_cannot_classify_refuses_requests(
             request_id="r", prompt_token_ids=[1], params=greedy(0, classify=True), soft_prompt=source
         )
         (output,) = engine.add(request)
-        assert failure_of(output).message == "only a soft prompt with a classification head classifies"
+        assert failure_of(output).message == "only a soft prompt or an adapter with a classification head classifies"
     engine.runner._scorer.check(lambda: torch.zeros(2, 3), ModelOutput, 1.0)  # the base model is not called
     request = GenerateRequest(
         request_id="r", prompt_token_ids=[1], params=greedy(0, classify=True), soft_prompt=classifier.source

@@ -175,6 +175,12 @@ def test_short_contexts_start(max_model_len: int, block_size: int, llama: Family
     engine.close()
 
 
+def test_an_unknown_type_of_model_says_which_engine_may_serve_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "newest", "architectures": ["NewestForCausalLM"]}')
+    with pytest.raises(EngineStartError, match=r"has no model of the type 'newest': a newer release .*--engine vllm"):
+        LLMEngine(EngineSettings(model=str(tmp_path)))
+
+
 @pytest.mark.parametrize("kind", ["t5", "bart", "headless"])
 def test_other_models_than_causal_language_models_are_refused(kind: str, tmp_path: Path) -> None:
     small: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 16}

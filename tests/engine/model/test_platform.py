@@ -163,6 +163,22 @@ def test_the_platform_follows_the_setting(monkeypatch: pytest.MonkeyPatch) -> No
         CUDAPlatform()
 
 
+@pytest.mark.parametrize(
+    ("built_for", "words"),
+    [
+        (None, "is built without CUDA; install torch's CUDA build"),
+        ("12.8", "is built for CUDA 12.8, and finds no GPU or a"),
+    ],
+)
+def test_a_missing_or_old_cuda_is_explained(
+    monkeypatch: pytest.MonkeyPatch, built_for: str | None, words: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    with pytest.raises(EngineStartError, match=words):
+        choose_platform("cuda")
+
+
 def test_the_plain_platform_changes_nothing() -> None:
     platform = Platform(torch.device("cpu"))
     num_threads = torch.get_num_threads()

@@ -146,16 +146,22 @@ def test_the_budget_and_its_numbers(
     for source in sources:
         assert not loader.acquire(source)
     assert not loader.acquire(sources[0])  # a soft prompt that is being read is a hit
+    assert list(loader.digests) == []
     wait_loaded(loader, 3)
+    assert list(loader.digests) == ["a", "b", "c"]
+    loader.release(sources[1])
+    assert list(loader.digests) == ["a", "c", "b"], "what is used comes first"
+    loader.acquire(sources[1])
     for source in (*sources, sources[0]):
         loader.release(source)
+    assert list(loader.digests) == ["a", "c"]
     stats = loader.stats
-    assert (stats.hits, stats.misses, stats.loads, stats.evictions) == (1, 3, 3, 1)
+    assert (stats.hits, stats.misses, stats.loads, stats.evictions) == (2, 3, 3, 1)
     assert (stats.resident, stats.resident_bytes) == (2, 2 * SIZE)
     assert stats.load_seconds.sum > 0
     assert loader.acquire(sources[2])
     assert not loader.acquire(sources[1])
-    assert (loader.stats.hits, loader.stats.misses) == (2, 4)
+    assert (loader.stats.hits, loader.stats.misses) == (3, 4)
 
 
 def test_a_pin_outlasts_the_budget(

@@ -17,16 +17,18 @@ from safetensors.torch import save_file
 
 from server.config import EngineSettings
 from server.engine import frames, messages
-from server.engine.interface import probe_soft_prompt
+from server.engine.interface import probe_member
 from server.engine.process.async_engine import AsyncEngine
 from server.engine.process.engine_process import EngineLoop
+from server.engine.stats import EngineStats
 from server.engine.types import (
-    EngineStats,
+    AdapterSource,
     ErrorCode,
     FinishReason,
     GenerateRequest,
     Inspection,
     Logprobs,
+    Member,
     RequestFailure,
     SamplingParams,
     SoftPromptSource,
@@ -111,15 +113,19 @@ async def test_a_probe_tells_whether_the_model_can_compute_with_a_soft_prompt(ll
     )
     async with running(llama) as engine:
         for max_tokens in (0, 2):
-            await probe_soft_prompt(engine, llama.soft_prompts["prefix_13"], TEXT, max_tokens=max_tokens)
+            await probe_member(
+                engine, Member(soft_prompt=llama.soft_prompts["prefix_13"]), TEXT, max_tokens=max_tokens
+            )
             with pytest.raises(NotFiniteError, match="a value that is not finite"):
-                await probe_soft_prompt(engine, huge, TEXT, max_tokens=max_tokens, salt="t", max_wait=9.0)
+                await probe_member(
+                    engine, Member(soft_prompt=huge), TEXT, max_tokens=max_tokens, salt="t", max_wait=9.0
+                )
         with pytest.raises(RequestRefusedError, match="more than the 256 positions"):
-            await probe_soft_prompt(engine, huge, [1] * 300, max_tokens=2)
+            await probe_member(engine, Member(soft_prompt=huge), [1] * 300, max_tokens=2)
         stream = engine.generate(GenerateRequest(request_id="r", prompt_token_ids=TEXT, params=greedy(200)))
         await anext(stream)
         probing = asyncio.create_task(
-            probe_soft_prompt(engine, llama.soft_prompts["p_tuning_7"], TEXT, max_tokens=200)
+            probe_member(engine, Member(soft_prompt=llama.soft_prompts["p_tuning_7"]), TEXT, max_tokens=200)
         )
         await until(lambda: engine.stats.num_running == 2)
         await engine.drain(0.0)
@@ -211,12 +217,14 @@ def test_process_ends_on_a_frame_that_is_too_long() -> None:
 
 def test_a_request_survives_the_trip() -> None:
     soft_prompt = SoftPromptSource(digest="d", num_virtual_tokens=2, is_key_values=True, path="/p", task_id=0)
+    adapter = AdapterSource(digest="a", path="/a", config_path="/c", num_parameters=7)
     request = GenerateRequest(
         request_id="r",
         prompt_token_ids=[1, 2],
         params=SamplingParams(max_tokens=3, seed=2**63, stop_token_ids=(1, 2)),
         soft_prompt=soft_prompt,
-        others=(None, soft_prompt),
+        adapter=adapter,
+        others=(Member(), Member(soft_prompt=soft_prompt, adapter=adapter)),
         salt="t",
         priority=-3,
         timeout=0.5,

@@ -11,7 +11,8 @@ import pytest
 from server.engine.llm_engine import LLMEngine
 from server.engine.messages import Shutdown, StepOutputs, from_engine_decoder
 from server.engine.process.engine_process import EngineLoop
-from server.engine.types import EngineStats, TokenEvent
+from server.engine.stats import EngineStats
+from server.engine.types import TokenEvent
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 from server.config import EngineSettings
 from server.engine.messages import DEVICE_FAILED_STATUS
 from server.engine.model import environment as variables
-from server.engine.process import connection
 from server.engine.process.command import environment
+from server.engine.process.started_process import how_it_ended
 
 CHOSEN = {
     "GOMP_SPINCOUNT": variables.SPIN_COUNT,
@@ -58,4 +58,4 @@ def test_threads_and_memory_are_chosen_unless_the_operator_says_otherwise(
     ],
 )
 def test_the_end_of_a_process_is_described(status: int | None, words: str) -> None:
-    assert connection._how_it_ended(status) == words
+    assert how_it_ended(status) == words

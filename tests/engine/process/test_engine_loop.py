@@ -10,7 +10,8 @@ import pytest
 
 from server.engine.messages import AbortRequest, Shutdown, StepOutputs
 from server.engine.process.engine_process import EngineLoop
-from server.engine.types import EngineStats, GenerateRequest, SamplingParams, TokenEvent
+from server.engine.stats import EngineStats
+from server.engine.types import GenerateRequest, SamplingParams, TokenEvent
 from server.errors import DeviceError
 
 

@@ -17,15 +17,20 @@ from prompt_store.histogram import LOAD_SECONDS_BOUNDS
 from server.config import EngineSettings
 from server.engine.messages import AbortRequest, FromEngine, Inspect, Inspected, Pin, Shutdown, StepOutputs, ToEngine
 from server.engine.process.async_engine import AsyncEngine
-from server.engine.process.cumulative_stats import COUNTERS, HOST_COUNTERS, add_counters, counters_of
+from server.engine.process.cumulative_stats import (
+    COUNTERS,
+    MAXIMA,
+    TIER_COUNTERS,
+    TIERS,
+    add_counters,
+    counters_of,
+)
 from server.engine.process.supervision import Backoff, StepWatch
-from server.engine.stats import STEP_SECONDS_BOUNDS
+from server.engine.stats import STEP_SECONDS_BOUNDS, EngineStats, EngineTierStats
 from server.engine.types import (
-    EngineStats,
     ErrorCode,
     FinishReason,
     GenerateRequest,
-    HostTierStats,
     ModelInfo,
     RequestFailure,
     SamplingParams,
@@ -186,14 +191,13 @@ def test_a_message_that_crosses_a_report_keeps_the_process_busy() -> None:
 
 def test_every_number_of_the_engine_is_a_counter_or_not() -> None:
     gauges = {"num_running", "num_waiting", "num_blocks", "block_size", "num_used_blocks", "num_cached_blocks"}
-    gauges |= {"soft_prompts_resident", "soft_prompt_bytes"}
-    gauges |= {"max_batch_distinct_prompts"}
-    assert {*COUNTERS, *gauges, "host"} == set(EngineStats.__struct_fields__)
-    assert {*HOST_COUNTERS, "resident", "resident_bytes"} == set(HostTierStats.__struct_fields__)
+    gauges |= {"soft_prompts_resident", "soft_prompt_bytes", "num_batch_waiting"}
+    assert {*COUNTERS, *gauges, *MAXIMA, *TIERS} == set(EngineStats.__struct_fields__)
+    assert {*TIER_COUNTERS, "resident", "resident_bytes"} == set(EngineTierStats.__struct_fields__)
 
 
 def test_counters_are_carried_over_and_what_was_held_is_not() -> None:
-    host = HostTierStats(hits=2, resident=3)
+    host = EngineTierStats(hits=2, resident=3)
     host.load_seconds.observe(LOAD_SECONDS_BOUNDS, 0.5)
     stats = EngineStats(num_running=3, num_blocks=9, steps=5, host=host, max_batch_distinct_prompts=4)
     stats.step_seconds.observe(STEP_SECONDS_BOUNDS, 0.25)

@@ -14,7 +14,7 @@ import torch
 from server.engine.llm_engine import LLMEngine
 from server.engine.sampling.ensembles import merge_ensembles
 from server.engine.scheduling.sequence import Sequence
-from server.engine.types import ErrorCode, FinishReason, GenerateRequest, SamplingParams, SoftPromptSource
+from server.engine.types import ErrorCode, FinishReason, GenerateRequest, Member, SamplingParams, SoftPromptSource
 from tests.support.engine.harness import (
     CONFIGS,
     Family,
@@ -280,8 +280,9 @@ def test_unsupported_parameters_of_an_ensemble_are_refused(
     make_engine: Callable[..., LLMEngine],
 ) -> None:
     engine = make_engine(llama, **settings)
+    first, *others = (Member(soft_prompt=llama.soft_prompts[name]) for name in MEMBERS["embeddings"] if name)
     request = GenerateRequest(
-        request_id="e", prompt_token_ids=text, params=params, **sources(llama, MEMBERS["embeddings"])
+        request_id="e", prompt_token_ids=text, params=params, soft_prompt=first.soft_prompt, others=tuple(others)
     )
     (output,) = engine.add(request)
     assert failure_of(output).code is ErrorCode.REFUSED

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from server.engine.scheduling.block_manager import BlockManager, SoftPromptRun
+from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.sequence import Sequence
-from server.engine.types import SamplingParams, SoftPromptSource
+from server.engine.scheduling.soft_prompt_run import SoftPromptRun
+from server.engine.types import AdapterSource, SamplingParams, SoftPromptSource
 from tests.support.engine.sequences import make_sequence
 from tests.support.presence import present
 
@@ -343,3 +344,43 @@ def test_idle_blocks_that_are_withdrawn_become_free() -> None:
     assert (blocks.num_cached, blocks.num_available) == (0, 4)
     again = sequence([1, 2, 3, 4, 5])
     assert present(blocks.admit(again, None)).num_cached_tokens == 0
+
+
+def adapter_source(digest: str) -> AdapterSource:
+    return AdapterSource(digest=digest, path="/nowhere", config_path="/nowhere", num_parameters=1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (None, adapter_source("a")),
+        (adapter_source("a"), adapter_source("b")),
+        (adapter_source("d"), None),  # a digest that is also a soft prompt's
+    ],
+)
+def test_text_is_shared_under_the_same_adapter_only(
+    first: AdapterSource | None, second: AdapterSource | None
+) -> None:
+    blocks = BlockManager(10, 4)
+    text = [1, 2, 3, 4, 5]
+    before = make_sequence("before", text, SamplingParams(), adapter=first)
+    assert present(blocks.admit(before, None)).num_cached_tokens == 0
+    compute(blocks, before)
+    other = make_sequence("other", text, SamplingParams(), adapter=second)
+    assert present(blocks.admit(other, None)).num_cached_tokens == 0
+    same = make_sequence("same", text, SamplingParams(), adapter=first)
+    assert present(blocks.admit(same, None)).num_cached_tokens == 4
+
+
+def test_embeddings_are_computed_for_each_adapter_and_keys_and_values_are_shared_by_all() -> None:
+    blocks = BlockManager(10, 4)
+    first, second = adapter_source("a"), adapter_source("b")
+    rows, prefix = source(4, "rows", is_key_values=False), source(4, "prefix")
+    run = present(blocks.acquire_run(rows, first))
+    assert run.adapter == first
+    assert blocks.acquire_run(rows, first) is run
+    others = [present(blocks.acquire_run(rows, adapter)) for adapter in (second, None)]
+    assert len({run.key, *(other.key for other in others)}) == 3
+    shared = present(blocks.acquire_run(prefix, first))
+    assert shared.adapter is None
+    assert blocks.acquire_run(prefix, second) is blocks.acquire_run(prefix) is shared

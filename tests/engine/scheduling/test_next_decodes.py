@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.soak_scheduler import NUM_PROMPTS, Drive, Limits, soak
+from scripts.soak_model import Limits
+from scripts.soak_scheduler import NUM_PROMPTS, Drive, soak
 from server.engine.scheduling.block_manager import BlockManager
 from server.engine.scheduling.plan import Chunk, StepPlan
 from server.engine.scheduling.scheduler import Scheduler

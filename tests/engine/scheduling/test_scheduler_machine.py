@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from scripts.soak_scheduler import NUM_PROMPTS, Drive, Limits, soak
-from server.engine.scheduling.block_manager import Admission, BlockManager, SoftPromptRun
+from scripts.soak_model import Limits
+from scripts.soak_scheduler import NUM_ADAPTERS, NUM_PROMPTS, Drive, soak
+from server.engine.scheduling import block_manager
+from server.engine.scheduling.adapter_memory import AdapterMemory
+from server.engine.scheduling.adapter_turns import AdapterTurns
+from server.engine.scheduling.block_manager import Admission, BlockManager
 from server.engine.scheduling.plan import StepPlan
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.scheduling.sequence import Sequence
+from server.engine.scheduling.soft_prompt_run import SoftPromptRun
 
 
 class Machine(RuleBasedStateMachine):
@@ -32,6 +39,7 @@ class Machine(RuleBasedStateMachine):
         priority=st.sampled_from([-100, -1, 0, 3]),
         timeout=st.sampled_from([None, 2.0, 20.0]),
         num_members=st.sampled_from([1, 1, 2, 3]),
+        adapter=st.sampled_from([0, *range(NUM_ADAPTERS)]),
     )
     def add(
         self,
@@ -43,8 +51,9 @@ class Machine(RuleBasedStateMachine):
         priority: int,
         timeout: float | None,
         num_members: int,
+        adapter: int,
     ) -> None:
-        self.drive.add(length, max_tokens, prompt, variant, tenant, priority, timeout, num_members)
+        self.drive.add(length, max_tokens, prompt, variant, tenant, priority, timeout, num_members, adapter)
 
     @rule(steps=st.integers(1, 8))
     def step(self, steps: int) -> None:
@@ -58,6 +67,10 @@ class Machine(RuleBasedStateMachine):
     @rule(prompt=st.integers(0, NUM_PROMPTS - 1))
     def swap(self, prompt: int) -> None:
         self.drive.swap(prompt)
+
+    @rule(number=st.integers(0, NUM_ADAPTERS - 1))
+    def pin(self, number: int) -> None:
+        self.drive.pin(number)
 
     @rule()
     def evict(self) -> None:
@@ -86,8 +99,19 @@ TestMachine = Machine.TestCase
         Limits(num_blocks=60, block_size=4, max_num_seqs=16, max_num_batched_tokens=64),
         Limits(step_fill_tokens=None),
         Limits(num_blocks=9, block_size=5, max_num_seqs=9, max_num_batched_tokens=9, step_fill_tokens=0),
+        Limits(num_blocks=60, max_num_seqs=9, max_num_batched_tokens=30, adapter_bytes=8),
+        Limits(num_blocks=60, max_num_seqs=9, max_num_batched_tokens=30, adapter_bytes=30, held_adapter_bytes=9),
     ],
-    ids=["short", "hardly one", "blocks of one", "roomy", "no loads", "only loads"],
+    ids=[
+        "short",
+        "hardly one",
+        "blocks of one",
+        "roomy",
+        "no loads",
+        "only loads",
+        "room for one adapter",
+        "few adapters at once",
+    ],
 )
 def test_a_short_soak(limits: Limits) -> None:
     drive = soak(1000, 5, limits)
@@ -96,11 +120,13 @@ def test_a_short_soak(limits: Limits) -> None:
 
 @pytest.mark.slow
 def test_a_soak_covers_its_cases() -> None:
-    drive = soak(4000, 1)
+    drive = soak(6000, 1)
     tally, blocks = drive.tally, drive.scheduler.block_manager.stats
     assert min(tally.finished, tally.aborted, tally.expired, tally.promoted, tally.ensembles) > 10
     assert min(tally.spoiled, tally.not_finite, tally.repeated) > 10
     assert min(tally.loaded, tally.abandoned, tally.unloadable, tally.beside) > 10
+    assert min(tally.adapted, tally.unreadable, drive.adapters.stats.hits, drive.adapters.stats.evictions) > 10
+    assert tally.outgrown > 3
     assert min(drive.scheduler.num_preemptions, blocks.hits, blocks.run_hits, blocks.run_evictions) > 10
 
 
@@ -160,6 +186,21 @@ def _release_early(self: BlockManager, run: SoftPromptRun) -> None:
         run.ref_count = -1  # so that the end of the load does nothing
 
 
+def _flow_without_adapter(seq: Sequence) -> str:
+    return seq.request.soft_prompt.identity if seq.request.soft_prompt else ""
+
+
+_hold = AdapterTurns.hold
+
+
+def _hold_without_reading(self: AdapterTurns, seq: Sequence, now: float) -> bool:
+    return _hold(self, seq, now) or seq.request_id in self._turns
+
+
+def _stay_idle(self: AdapterMemory, entry: Any) -> None:
+    self._idle_bytes -= entry.nbytes
+
+
 @pytest.mark.parametrize(
     ("owner", "method", "fault"),
     [
@@ -181,6 +222,13 @@ def _release_early(self: BlockManager, run: SoftPromptRun) -> None:
         (SoftPromptRun, "is_filled", property(lambda self: True)),  # reads what is loading
         (BlockManager, "is_loading", property(lambda self: False)),  # preempts the first sequence during a load
         (BlockManager, "release_run", _release_early),  # frees blocks to which a load still writes
+        (block_manager, "run_key", lambda source, adapter: source.identity),  # shares embeddings between adapters
+        (Sequence, "flow", property(_flow_without_adapter)),  # shares text between adapters
+        (AdapterTurns, "hold", _hold_without_reading),  # computes with an adapter that is not in memory
+        (AdapterTurns, "_release_later", lambda self: False),  # lets later sequences keep the room of the first
+        (AdapterMemory, "_make_room", AdapterMemory._evict_idle),  # lets pins keep the room of the first
+        (AdapterMemory, "_leave_idle", _stay_idle),  # evicts adapters in use
+        (AdapterMemory, "release", lambda self, name: False),  # keeps the room of sequences that ended
     ],
     ids=[
         "findable poison",
@@ -197,10 +245,17 @@ def _release_early(self: BlockManager, run: SoftPromptRun) -> None:
         "read early",
         "preempted first",
         "freed early",
+        "one run for all adapters",
+        "one text for all adapters",
+        "not read",
+        "kept by later ones",
+        "kept by pins",
+        "evicted in use",
+        "kept after the end",
     ],
 )
 def test_the_soak_finds_defects(
-    owner: type, method: str, fault: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+    owner: type | ModuleType, method: str, fault: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(owner, method, fault)
     with pytest.raises(AssertionError):

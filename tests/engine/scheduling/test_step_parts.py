@@ -22,6 +22,7 @@ from server.engine.scheduling.scheduler import Scheduler
 from server.engine.types import (
     ErrorCode,
     GenerateRequest,
+    Member,
     RequestFailure,
     SamplingParams,
     SoftPromptSource,
@@ -54,7 +55,7 @@ class Request:
             prompt_token_ids=self.text,
             params=params,
             soft_prompt=source,
-            others=tuple(others),
+            others=tuple(Member(soft_prompt=one) for one in others),
             salt=str(self.tenant),
         )
 

@@ -26,6 +26,24 @@ def test_the_native_engine_runs_in_this_interpreter() -> None:
     assert command(EngineSettings(model="m"))[0] == sys.executable
 
 
+@pytest.mark.parametrize(
+    "of_vllm",
+    [
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
+        {"quantization": "fp8"},
+        {"engine_args": "{}"},
+        {"max_loras": 4},
+        {"vllm_metrics": True},
+    ],
+    ids=lambda of_vllm: next(iter(of_vllm)),
+)
+def test_the_native_engine_refuses_settings_of_vllm(of_vllm: dict[str, Any]) -> None:
+    flag = next(iter(of_vllm)).replace("_", "-")
+    with pytest.raises(EngineStartError, match=f"--{flag} is for --engine vllm"):
+        command(EngineSettings(model="m", **of_vllm))
+
+
 def test_another_interpreter_is_not_resolved(tmp_path: Path) -> None:
     link = tmp_path / "python"
     link.symlink_to(sys.executable)

@@ -29,7 +29,8 @@ class Computer:
         self.error: Exception | None = None
         self.computations = Computations(self.compute)
 
-    async def compute(self, source: SoftPromptSource) -> None:
+    async def compute(self, source: SoftPromptSource, lora: object) -> None:
+        del lora
         self.computed.append(source.digest)
         try:
             await self.gate.wait()

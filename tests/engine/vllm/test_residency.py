@@ -149,6 +149,20 @@ def test_a_failure_is_forgotten_with_its_last_user() -> None:
     residency.check_integrity()
 
 
+def test_what_is_in_use_is_not_discarded() -> None:
+    residency = Residency(1, 100)
+    ticket = resident(residency, "a")
+    residency.discard("a")
+    residency.discard("never seen")
+    assert residency.state("a") is State.RESIDENT
+    residency.release("a")
+    residency.discard("a")
+    assert residency.state("a") is State.ABSENT
+    assert residency.take_commands()[1] == [ticket]
+    assert residency.stats.evictions == 0
+    residency.check_integrity()
+
+
 def test_a_broken_invariant_is_found() -> None:
     residency = Residency(1, 100)
     resident(residency, "a")
@@ -195,6 +209,10 @@ class Histories(RuleBasedStateMachine):
         ticket = self.residency.begin_computing(name)
         if ticket is not None:
             self.computing.append(ticket)
+
+    @rule(name=NAMES)
+    def discard(self, name: str) -> None:
+        self.residency.discard(name)
 
     @precondition(lambda self: self.computing)
     @rule(data=st.data(), is_done=st.booleans())

@@ -11,7 +11,7 @@ import pytest
 from server.engine.types import SoftPromptSource
 from server.engine.vllm.residency import Reported, State
 from server.engine.vllm.scheduler_side import Commands, Load, Save, SchedulerSide
-from server.engine.vllm.use import Role, Use, use_of
+from server.engine.vllm.use import Role, Use
 
 
 @dataclass
@@ -56,16 +56,11 @@ def source(name: str, *, is_key_values: bool = True, count: int = 6) -> SoftProm
     return SoftPromptSource(digest=name, num_virtual_tokens=count, is_key_values=is_key_values, path=f"/{name}")
 
 
-def request(request_id: str, role: Role | None = None, of: SoftPromptSource | None = None) -> Request:
-    use = Use(request_id=f"own-{request_id}", role=role, source=of)
+def request(
+    request_id: str, role: Role | None = None, of: SoftPromptSource | None = None, adapter: str | None = None
+) -> Request:
+    use = Use(request_id=f"own-{request_id}", role=role, source=of, adapter=adapter)
     return Request(request_id, use.to_params())
-
-
-def test_a_use_survives_the_way_to_the_scheduler() -> None:
-    use = Use(request_id="r", role=Role.LOAD, source=source("a"))
-    assert use_of(use.to_params()) == use
-    assert use_of(None) is None
-    assert use_of({"role": "unknown"}) is None
 
 
 def test_requests_without_a_soft_prompt_load_nothing(steps: Steps) -> None:
@@ -181,12 +176,12 @@ def test_a_request_that_is_preempted_is_loaded_again(steps: Steps) -> None:
     assert steps.side.take_stats().started == ["own-r"]
 
 
-def test_steps_are_counted_with_their_soft_prompts(steps: Steps) -> None:
-    for name in ("a", "a", "b"):
-        of = request(f"r{len(steps.blocks)}", Role.LOAD, source(name))
+def test_steps_are_counted_with_their_soft_prompts_and_adapters(steps: Steps) -> None:
+    for name, adapter in (("a", None), ("a", "x"), ("b", "x")):
+        of = request(f"r{len(steps.blocks)}", Role.LOAD, source(name), adapter)
         steps.blocks[of.request_id] = ([1], [1])
         steps.side.new_request(of)
     steps.step({"r0": (6, 5), "r1": (6, 1), "r2": (6, 1), "foreign": (0, 3)})
     (step,) = steps.side.take_stats().steps
-    assert (step.num_sequences, step.num_tokens, step.num_distinct) == (4, 10, 2)
+    assert (step.num_sequences, step.num_tokens, step.num_distinct, step.num_adapters) == (4, 10, 2, 1)
     assert steps.side.take_stats().steps == []

@@ -257,3 +257,15 @@ class CacheMachine(RuleBasedStateMachine):
 
 CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestCache = CacheMachine.TestCase
+
+
+def test_asking_for_a_copy_is_no_use_of_it(cache: BlobCache) -> None:
+    first, second = DIGESTS[:2]
+    admit(cache, first)
+    admit(cache, second)
+    before = cache.stats()
+    assert cache.has(first)
+    assert not cache.has(DIGESTS[2])
+    assert cache.stats() == before
+    admit(cache, DIGESTS[5])  # 85 bytes: what was used least recently has to go
+    assert not cache.has(first)

@@ -17,6 +17,7 @@ import prompt_store
 from prompt_store.catalog import schema
 from prompt_store.catalog.catalog import BlobsGoneError, Catalog
 from prompt_store.catalog.database import Database
+from prompt_store.changes import HistoryAction
 from prompt_store.errors import (
     PromptConflictError,
     PromptForbiddenError,
@@ -24,7 +25,7 @@ from prompt_store.errors import (
     PromptStoreError,
     StoreUnavailableError,
 )
-from prompt_store.types import SHARED, Access, HistoryAction, Lineage, PromptRef, StoreTotals
+from prompt_store.types import SHARED, Access, Lineage, PromptRef, StoreTotals
 from tests.prompt_store.catalog.conftest import digest_of, new, publish, resolve
 from tests.prompt_store.databases import postgres_url, refuse_connections
 

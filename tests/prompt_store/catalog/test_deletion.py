@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from prompt_store.catalog import schema
 from prompt_store.catalog.catalog import Catalog
 from prompt_store.catalog.database import Database
+from prompt_store.changes import HistoryAction
 from prompt_store.errors import (
     AliasNotFoundError,
     PromptConflictError,
@@ -25,7 +26,7 @@ from prompt_store.errors import (
     PromptInUseError,
     PromptNotFoundError,
 )
-from prompt_store.types import SHARED, Access, HistoryAction, PromptRef
+from prompt_store.types import SHARED, Access, PromptRef
 from tests.prompt_store.catalog.conftest import publish, resolve
 from tests.prompt_store.catalog.test_catalog import downgraded
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from math import sqrt
 from pathlib import Path
 
 import pytest
 
+from prompt_store import rollouts
 from prompt_store.errors import PromptNotFoundError, PromptStoreError, StoreUnavailableError
 from prompt_store.open_store import open_store
+from prompt_store.rollouts import Rollout
 from prompt_store.store import PromptStore
 from prompt_store.types import PromptRef
 from tests.prompt_store.conftest import Publish
@@ -188,3 +193,68 @@ def test_contradictory_arguments_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PromptStoreError, match="cannot be created"):
         open_store(tmp_path / "file" / "store")
+
+
+def test_two_replicas_draw_by_the_weights_while_the_alias_is_promoted(
+    replicas: tuple[PromptStore, PromptStore], publish: Publish, peft_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollouts, "random", random.Random(2))
+    here, there = replicas
+    for kind in ("prompt_tuning", "p_tuning", "prefix_tuning"):
+        publish(here, peft_files[kind])
+    here.set_alias("p", "latest", 1, rollout=Rollout({2: 5.0}))
+    wait_until(lambda: there._cached._look_up(PromptRef("p"), None)[1] == Rollout({2: 5.0}), 1.0)
+    found: list[Counter[int]] = [Counter(), Counter()]
+    after: list[Counter[int]] = [Counter(), Counter()]
+    at_half = threading.Barrier(3)
+
+    def draw(index: int) -> None:
+        store = replicas[index]
+        for _ in range(5000):
+            leased = store.lease_for_request(PromptRef("p"))
+            found[index][leased.version.version] += 1
+            assert leased.weights_path.read_bytes() == peft_files[KINDS[leased.version.version]][1]
+            store.release(leased)
+        at_half.wait()
+        while not after[index][3]:  # the promotion arrives while it draws; every draw gives one of the versions
+            leased = store.lease_for_request(PromptRef("p"))
+            after[index][leased.version.version] += 1
+            store.release(leased)
+        for _ in range(100):
+            with store.leased(PromptRef("p")) as leased:
+                after[index][leased.version.version] += 1
+
+    threads = [threading.Thread(target=draw, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    at_half.wait()
+    there.set_alias("p", "latest", 3)
+    for thread in threads:
+        thread.join()
+    both = found[0] + found[1]
+    assert both.keys() == {1, 2}
+    assert abs(both[2] - 500) < 3 * sqrt(10_000 * 0.05 * 0.95)
+    assert min(counts[2] for counts in found) > 0
+    assert all(counts.keys() <= {1, 2, 3} and counts[3] == 101 for counts in after)
+
+
+KINDS = {1: "prompt_tuning", 2: "p_tuning", 3: "prefix_tuning"}
+
+
+def test_a_canary_that_is_deleted_between_two_lookups_is_not_missed(
+    replicas: tuple[PromptStore, PromptStore], publish: Publish, peft_files: Files
+) -> None:
+    here, there = replicas
+    for kind in ("prompt_tuning", "p_tuning"):
+        publish(here, peft_files[kind])
+    here.set_alias("p", "latest", 1, rollout=Rollout({2: 100.0}))
+    wait_until(lambda: there._cached.choose(PromptRef("p"))[0].version == 2, 1.0)
+    there._cached.stop_watching()  # it does not hear of the deletion
+    here.delete_version("p", 2, force=True)
+    there._cached._resolved.invalidate(["p"])
+    there._cached._resolved.add(
+        PromptRef("p"), here.resolve(PromptRef("p")), there._cached._resolved.generation, Rollout({2: 100.0})
+    )
+    leased = there.lease_for_request(PromptRef("p"))
+    assert leased.version.version == 1
+    there.release(leased)

@@ -113,7 +113,7 @@ def test_a_large_configuration_is_rejected() -> None:
     [
         ({"peft_type": None}, "missing_field", "peft_type"),
         ({"peft_type": 3}, "invalid_field", "peft_type"),
-        ({"peft_type": "LORA"}, "unsupported_peft_type", "peft_type"),
+        ({"peft_type": "LOHA"}, "unsupported_peft_type", "peft_type"),
         ({"peft_type": "MULTITASK_PROMPT_TUNING", "num_tasks": 0}, "invalid_field", "num_tasks"),
         ({"peft_type": "MULTITASK_PROMPT_TUNING", "num_ranks": "1"}, "invalid_field", "num_ranks"),
         ({"peft_type": "CPT", "task_type": "SEQ_CLS"}, "unsupported_task_type", "task_type"),
@@ -145,8 +145,8 @@ def test_field_faults(changes: dict[str, object], code: str, field: str) -> None
 @pytest.mark.parametrize(
     ("peft_type", "reason"),
     [
-        ("LORA", "'LORA' is an adapter that changes the model's weights, not a soft prompt;"),
-        ("IA3", "'IA3' is an adapter that scales the model's activations, not a soft prompt;"),
+        ("LOHA", "'LOHA' is an adapter that changes the model's weights; it is not served;"),
+        ("OFT", "'OFT' is an adapter that turns the model's weights; it is not served;"),
         ("ADAPTION_PROMPT", "gated attention of its own"),
         ("prompt_tuning", "is not spelled as in PEFT (PROMPT_TUNING);"),
         ("NO_SUCH", "'NO_SUCH' is not a method that this server supports;"),
@@ -165,7 +165,7 @@ def test_every_method_of_peft_is_served_or_explained() -> None:
         if peft_type.value in PeftType.__members__:
             assert faults == []
         else:
-            assert "not a soft prompt" in faults[0].message
+            assert "it is not served" in faults[0].message
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,8 @@ FIELDS = [field.name for field in dataclasses.fields(AdapterConfig)] + [
 def test_any_values_are_a_configuration_or_faults(changes: dict[str, object], task_type: TaskType | None) -> None:
     data = json.dumps(config_of(**changes)).encode()
     config, faults = parse_adapter_config(data, task_type)
-    required = (config.peft_type, config.task_type, config.num_virtual_tokens)
+    is_adapter = config.peft_type in (PeftType.LORA, PeftType.IA3)
+    required = (config.peft_type, config.task_type, 1 if is_adapter else config.num_virtual_tokens)
     assert faults or None not in required
     assert config.fields == json.loads(data)
     "".join(fault.message for fault in faults).encode()

@@ -28,7 +28,9 @@ def check(
     config: dict[str, object], *, same: bool = True, task: TaskType | None = None, **more: np.ndarray
 ) -> SoftPrompt:
     weights = save({"prompt_embeddings": ROWS, **more})
-    return validate(json.dumps(config).encode(), weights, BASE, require_same_base=same, task_type=task)
+    checked = validate(json.dumps(config).encode(), weights, BASE, require_same_base=same, task_type=task)
+    assert isinstance(checked, SoftPrompt)
+    return checked
 
 
 def refused(*arguments: Any, **options: Any) -> list[Fault]:
@@ -126,8 +128,8 @@ def test_a_head_by_another_name_is_reported_with_the_right_name(task: str, name:
 def test_a_lora_has_one_fault_that_names_it(model: PreTrainedModel, tmp_path: Path) -> None:
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(str(tmp_path))
     (fault,) = validated(tmp_path)
-    assert (fault.code, fault.field) == ("unsupported_peft_type", "peft_type")
-    assert "an adapter that changes the model's weights, not a soft prompt" in fault.message
+    assert fault.code == "adapters_off"
+    assert "this server serves no LoRA or IA3 adapters" in fault.message
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
+from prompt_store.adapters import Adapter
 from prompt_store.errors import InvalidPromptError
 from prompt_store.files.validation import validate
 from prompt_store.types import BaseModelSpec, SoftPrompt
@@ -75,18 +76,18 @@ JSON = st.recursive(
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=8)
     | st.sampled_from(
-        ["PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "LORA", "SEQ_CLS", "CAUSAL_LM", "F64", "BF16", "I8"]
+        ["PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "LORA", "IA3", "SEQ_CLS", "CAUSAL_LM", "F64", "BF16", "I8"]
     ),
     lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=4), children, max_size=3),
     max_leaves=6,
 )
 
 
-def measure(config_bytes: bytes, weights: bytes | Path, **options: Any) -> SoftPrompt | InvalidPromptError:
+def measure(config_bytes: bytes, weights: bytes | Path, **options: Any) -> SoftPrompt | Adapter | InvalidPromptError:
     """Validate, and check the memory used."""
     tracemalloc.start()
     try:
-        outcome: SoftPrompt | InvalidPromptError = validate(
+        outcome: SoftPrompt | Adapter | InvalidPromptError = validate(
             config_bytes, weights, BASE, require_same_base=False, **options
         )
     except InvalidPromptError as error:

@@ -40,7 +40,9 @@ def with_head(*, labels: int = 2, module: str = "score") -> dict[str, np.ndarray
 def check(
     config: dict[str, object], tensors: dict[str, np.ndarray], base: BaseModelSpec = BASE, **options: Any
 ) -> SoftPrompt:
-    return validate(json.dumps(config).encode(), save(tensors), base, require_same_base=False, **options)
+    checked = validate(json.dumps(config).encode(), save(tensors), base, require_same_base=False, **options)
+    assert isinstance(checked, SoftPrompt)
+    return checked
 
 
 def refused(*arguments: Any, **options: Any) -> list[Fault]:

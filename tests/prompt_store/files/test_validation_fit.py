@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
+import prompt_store
 from prompt_store.errors import Fault, InvalidPromptError
 from prompt_store.files import validation
 from prompt_store.files.validation import validate
-from prompt_store.types import BaseModelSpec
+from prompt_store.types import BaseModelSpec, SoftPrompt
 
 BASE = BaseModelSpec("org/tiny", 32, 2, 2, 8, 64, "float32")
 EMBEDS = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
@@ -54,6 +55,7 @@ def test_what_peft_writes_fits_and_is_read_value_for_value(
         expected = load(path.read_bytes())["prompt_embeddings"]
         for weights in (path, path.read_bytes()):
             prompt = validate(config, weights, base, require_same_base=False)
+            assert isinstance(prompt, SoftPrompt)
             assert bytes(prompt.prompt_embeddings.data) == expected.tobytes()
             assert prompt.prompt_embeddings.shape == expected.shape
             assert prompt.num_tasks == (3 if name == "multitask" else None)
@@ -240,18 +242,14 @@ def test_weights_are_checked_even_if_the_configuration_is_unreadable() -> None:
 
 def test_the_table_of_codes_is_complete() -> None:
     documented = set(re.findall(r"^``(\w+)`` ", validation.__doc__, re.MULTILINE))
-    used = set()
-    for module in (
-        "validation",
-        "adapter_config",
-        "tensors",
-        "tensor_faults",
-        "multitask",
-        "head_validation",
-        "foreign_tensors",
-    ):
-        source = (Path(validation.__file__).parent / f"{module}.py").read_text()
-        used |= set(re.findall(r"(?:[Ff]ault|_invalid)\(\s*\"(\w+)\"", source))
+    sources = [path.read_text() for path in Path(prompt_store.__file__).parent.rglob("*.py")]
+    used = {
+        code
+        for source in sources
+        for code in re.findall(r"(?:[Ff]aults?|_invalid|refused|\.add|_of|note|report)\(\s*\"(\w+)\"", source)
+    }
+    # These are faults of the request that carries the files.
+    used -= {"duplicate_file", "incomplete_file", "missing_file", "unexpected_file"}
     assert used == documented
 
 

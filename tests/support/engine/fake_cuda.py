@@ -1,10 +1,12 @@
 """A fake of torch.cuda on the host: operations that wait for a GPU, recorded captures, and events.
 
-Operations of all streams are computed at once, so the order is that of the calls.
+Operations of all streams are computed at once, so the order is that of the calls. Launches in Triton's interpreter
+are recorded and replayed like torch's operations.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,9 +16,10 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from server.engine.adapters.backend import PlainAdapters
 from server.engine.attention.backend import AttentionCall, AttentionMetadata, SDPABackend
 from server.engine.model.platform import CUDAPlatform
 from tests.support.engine.live_bytes import LiveBytes
@@ -116,7 +119,22 @@ class FakeCUDA(TorchDispatchMode):  # type: ignore[no-untyped-call]
         }.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch.cuda.graph, "default_capture_stream", None)
+        self._record_launches(patch)
         patch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+
+    def _record_launches(self, patch: pytest.MonkeyPatch) -> None:
+        interpreter = sys.modules.get("triton.runtime.interpreter")
+        if interpreter is None:
+            return
+        launch = interpreter.GridExecutor.__call__
+
+        def recorded(executor: Any, *arguments: Any, **named: Any) -> None:
+            with _disable_current_modes():
+                launch(executor, *arguments, **named)
+            if self._recording is not None:
+                self._recording.append((launch, (executor, *arguments), named, None))
+
+        patch.setattr(interpreter.GridExecutor, "__call__", recorded)
 
     @property
     def stream(self) -> object:
@@ -267,13 +285,19 @@ def host_cuda_platform(patch: pytest.MonkeyPatch) -> CUDAPlatform:
     return platform
 
 
-def fake_cuda_platform(patch: pytest.MonkeyPatch) -> CUDAPlatform:
+def fake_cuda_platform(patch: pytest.MonkeyPatch, *, has_adapter_kernels: bool = False) -> CUDAPlatform:
     """A ``CUDAPlatform`` on the host, whose attention may be recorded. ``FakeCUDA`` has to replace torch.cuda.
 
-    Layers are not fused: a replay does not run kernels in Triton's interpreter.
+    Triton's interpreter is slow, so layers are not fused, and adapters run by torch's operations.
+
+    Args:
+        patch: Restores what is replaced.
+        has_adapter_kernels: Let adapters run in Triton's interpreter, so that steps with them are recorded.
     """
     with patch.context() as own:
         platform = host_cuda_platform(own)
     platform.backends = (Recordable,)
     patch.setattr(platform, "prepare", lambda _model: None)
+    if not has_adapter_kernels:
+        patch.setattr(platform, "adapter_backend", lambda products, device, _: PlainAdapters(products, device))
     return platform

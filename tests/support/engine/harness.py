@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,12 @@ from transformers import (
 )
 
 from prompt_store.files.validation import validate
-from prompt_store.types import BaseModelSpec
+from prompt_store.types import BaseModelSpec, SoftPrompt
 from server.engine.llm_engine import LLMEngine
 from server.engine.types import (
     GenerateRequest,
     Logprobs,
+    Member,
     RequestFailure,
     SamplingParams,
     SoftPromptSource,
@@ -249,6 +250,7 @@ def check_that_the_store_takes_them(family: Family, engine: LLMEngine) -> None:
     for key, folder in family.peft_folders.items():
         weights = folder / "adapter_model.safetensors"
         prompt = validate((folder / "adapter_config.json").read_bytes(), weights, base, require_same_base=False)
+        assert isinstance(prompt, SoftPrompt)
         sources = [source for source in family.soft_prompts.values() if source.path == str(weights)]
         assert {(source.num_virtual_tokens, source.is_key_values) for source in sources} == {
             (prompt.num_virtual_tokens, prompt.peft_type.is_key_values)
@@ -282,8 +284,20 @@ def random_text(rng: random.Random, shortest: int, longest: int) -> list[int]:
     return [rng.randrange(VOCABULARY) for _ in range(rng.randint(shortest, longest))]
 
 
-def add(engine: LLMEngine, request_id: str, token_ids: list[int], params: SamplingParams, **more: Any) -> None:
-    refused = engine.add(GenerateRequest(request_id=request_id, prompt_token_ids=token_ids, params=params, **more))
+def add(
+    engine: LLMEngine,
+    request_id: str,
+    token_ids: list[int],
+    params: SamplingParams,
+    *,
+    others: Iterable[SoftPromptSource | None] = (),
+    **more: Any,
+) -> None:
+    """Add a request; ``others`` are the soft prompts of an ensemble's other members."""
+    members = tuple(Member(soft_prompt=one) for one in others)
+    refused = engine.add(
+        GenerateRequest(request_id=request_id, prompt_token_ids=token_ids, params=params, others=members, **more)
+    )
     assert refused == []
 
 

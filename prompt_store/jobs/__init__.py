@@ -1,0 +1,1 @@
+"""Evaluations and training runs, which the catalog keeps beside the soft prompts."""

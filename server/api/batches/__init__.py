@@ -1,0 +1,1 @@
+"""OpenAI's files and batches: JSON Lines of requests, answered in the service tier ``batch``."""

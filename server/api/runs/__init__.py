@@ -1,0 +1,1 @@
+"""Training runs that clients report, and that the server keeps."""

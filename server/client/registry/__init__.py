@@ -1,0 +1,1 @@
+"""Commands that correct, audit, prune and move soft prompts."""

@@ -1,0 +1,1 @@
+"""Which replica answers a request. Pure logic: no network, no clock, no Ray."""

@@ -1,0 +1,71 @@
+// The server-sent events of this tab: one stream, with the topics that the open page needs.
+import { effect, signal } from "@preact/signals";
+import { useEffect, useRef } from "preact/hooks";
+import { lacking, me } from "./session";
+
+export type EventName = "server" | "live" | "pool" | "stats" | "catalog" | "job";
+
+/** The topics that the open page needs besides the catalog's changes. */
+export const wanted = signal<string>("");
+
+/** Whether the page is hidden; nothing is read meanwhile. */
+const isHidden = signal(document.hidden);
+
+type Listener = (data: unknown) => void;
+const listeners = new Map<EventName, Set<Listener>>();
+const NAMES: EventName[] = ["server", "live", "pool", "stats", "catalog", "job"];
+const RETRY_MS = 3000;
+
+/** Call `listener` for each event of a name; returns a function that ends this. */
+export function onEvent<T>(name: EventName, listener: (data: T) => void): () => void {
+  const all = listeners.get(name) ?? new Set();
+  listeners.set(name, all);
+  all.add(listener as Listener);
+  return () => all.delete(listener as Listener);
+}
+
+/** Call `reread` when a soft prompt has changed: the one of this name, or any without a name. */
+export function useCatalog(reread: () => void, name?: string): void {
+  const current = useRef(reread);
+  current.current = reread;
+  useEffect(() => onEvent<{ id: string | null }>("catalog", ({ id }) => (name === undefined || id === null || id === name) && current.current()), [name]);
+}
+
+function tell(name: EventName, data: unknown): void {
+  listeners.get(name)?.forEach((listen) => listen(data));
+}
+
+let wasOpen = false;
+
+function open(topics: string): () => void {
+  let retry: ReturnType<typeof setTimeout> | undefined;
+  let source: EventSource;
+  const connect = () => {
+    source = new EventSource(`/v1/events?topics=${topics}`);
+    for (const name of NAMES) source.addEventListener(name, (event) => tell(name, JSON.parse((event as MessageEvent<string>).data)));
+    source.onopen = () => {
+      // What changed while no stream was open, such as when the page was hidden, is in none of its events.
+      if (wasOpen && !lacking("prompts:read")) tell("catalog", { id: null });
+      wasOpen = true;
+    };
+    source.onerror = () => {
+      tell("server", null);
+      // After a refusal the browser does not try again by itself.
+      if (source.readyState === EventSource.CLOSED) retry = setTimeout(connect, RETRY_MS);
+    };
+  };
+  connect();
+  return () => {
+    clearTimeout(retry);
+    source.close();
+  };
+}
+
+export function watchEvents(): void {
+  document.addEventListener("visibilitychange", () => (isHidden.value = document.hidden));
+  effect(() => {
+    if (!me.value || isHidden.value) return undefined;
+    const topics = [...(lacking("prompts:read") ? [] : ["catalog"]), ...wanted.value.split(",").filter(Boolean)];
+    return topics.length > 0 ? open(topics.join(",")) : undefined;
+  });
+}

@@ -1,0 +1,133 @@
+// What the engine does now, and what it did in the last hour.
+import { useEffect, useState } from "preact/hooks";
+import { call } from "../api/client";
+import { onEvent, wanted } from "../app/events";
+import { returns } from "../app/server";
+import { count, duration, plural } from "../ui/format";
+import { useLoad } from "../ui/load";
+import { Button, Card, Chip, Empty, ErrorNote, Loading, Segments, Swatch } from "../ui/parts";
+import { BatchPicture, BatchTable } from "./batch";
+import { HourCard, Tiles } from "./load";
+import { type Blocks, colourName, type Engine, nameOf, type Point, REASONS, type Stats } from "./model";
+import { PoolCard } from "./pool";
+
+const MAX_POINTS = 360;
+
+type View = "picture" | "table";
+
+export function LivePage() {
+  const [isPaused, setPaused] = useState(false);
+  const [view, setView] = useState<View>("picture");
+  const [live, setLive] = useState<Engine>();
+  const [pool, setPool] = useState<Blocks>();
+  const [newer, setNewer] = useState<Point[]>([]);
+  const first = useLoad(`engine ${returns.value}`, (signal) => call<Engine>("GET", "/v1/engine", undefined, signal));
+  const hour = useLoad(`stats ${returns.value}`, (signal) => call<Stats>("GET", "/v1/stats", undefined, signal));
+
+  useEffect(() => {
+    if (isPaused) return undefined;
+    wanted.value = "live,stats";
+    const ends = [
+      onEvent<Engine>("live", setLive),
+      onEvent<Blocks>("pool", setPool),
+      onEvent<Point>("stats", (point) => setNewer((before) => [...before, point].slice(-MAX_POINTS))),
+    ];
+    return () => {
+      wanted.value = "";
+      for (const end of ends) end();
+    };
+  }, [isPaused]);
+
+  const engine = live ?? first.data;
+  const last = hour.data?.points.at(-1)?.at ?? 0;
+  const stats = hour.data && { ...hour.data, points: [...hour.data.points, ...newer.filter((point) => point.at > last)].slice(-MAX_POINTS) };
+  const blocks = pool ?? first.data?.blocks;
+  return (
+    <>
+      <div class="title">
+        <h1>Live</h1>
+        {engine && <Chip>{count(engine.running)} running</Chip>}
+        <span class="grow" />
+        <Button icon={isPaused ? "play" : "pause"} onClick={() => setPaused(!isPaused)}>
+          {isPaused ? "Go on" : "Pause"}
+        </Button>
+      </div>
+      {first.error && !engine && <ErrorNote error={first.error} retry={first.reload} />}
+      {!engine && !first.error && <Loading />}
+      {engine && (
+        <>
+          <Tiles engine={engine} points={stats?.points ?? []} />
+          <div class="cols side-by-side">
+            <Card title="The running batch" side={engine.shows_rows && <Segments label="View" value={view} options={[["picture", "Picture"], ["table", "Table"]]} onChange={setView} />}>
+              {!engine.shows_rows ? (
+                <Empty title={`${count(engine.running)} running, ${count(engine.waiting)} waiting`}>This engine does not show its rows.</Empty>
+              ) : view === "picture" ? (
+                <BatchPicture engine={engine} />
+              ) : (
+                <BatchTable engine={engine} />
+              )}
+            </Card>
+            <div class="stack">
+              <WaitingCard engine={engine} />
+              <ResidentCard engine={engine} />
+              {blocks && <PoolCard blocks={{ ...blocks, used: engine.blocks.used, idle: engine.blocks.idle }} />}
+            </div>
+          </div>
+        </>
+      )}
+      {stats && stats.points.length > 0 && <HourCard stats={stats} />}
+    </>
+  );
+}
+
+function WaitingCard({ engine }: { engine: Engine }) {
+  const rows = engine.rows.filter((row) => row.phase === "waiting");
+  return (
+    <Card title="Waiting" side={<span class="dim3 num">{count(engine.waiting)}</span>}>
+      {rows.length === 0 ? (
+        <p class="pad dim3">No sequence waits.</p>
+      ) : (
+        <ul class="lines">
+          {rows.map((row, index) => (
+            <li key={index}>
+              <span class="row">
+                <Swatch name={colourName(row.name)} />
+                <b class="any">{nameOf(row)}</b>
+                <span class="grow" />
+                <span class="num dim">{duration(row.age_seconds)}</span>
+              </span>
+              <small class="dim3">{REASONS[row.reason ?? ""] ?? row.reason}</small>
+            </li>
+          ))}
+        </ul>
+      )}
+    </Card>
+  );
+}
+
+function ResidentCard({ engine }: { engine: Engine }) {
+  const shown = engine.soft_prompts.filter((one) => one.name !== null);
+  const others = engine.soft_prompts.length - shown.length;
+  return (
+    <Card title="Soft prompts on the device" side={<span class="dim3 num">{count(engine.soft_prompts.length)}</span>}>
+      {engine.soft_prompts.length === 0 && <p class="pad dim3">None yet: the first request with one fills its blocks.</p>}
+      <ul class="lines">
+        {shown.map((one) => (
+          <li key={`${one.name}/${one.task_id}`}>
+            <span class="row">
+              <Swatch name={colourName(one.name)} />
+              <b class="any">{one.name}</b>
+              {one.task_id !== null && <Chip>task {one.task_id}</Chip>}
+              <Chip kind={one.state === "used" ? "ok" : ""}>{one.state}</Chip>
+              <span class="grow" />
+              <span class="num dim">
+                {plural(one.blocks, "block")}, {plural(one.users, "user")}
+              </span>
+            </span>
+          </li>
+        ))}
+        {others > 0 && <li class="dim3">{count(others)} of other tenants</li>}
+      </ul>
+    </Card>
+  );
+}

@@ -1,0 +1,1 @@
+"""``prelude doctor``: what this machine can serve, and what is wrong with it."""

@@ -1,0 +1,1 @@
+"""Training of classification heads (PEFT's task type SEQ_CLS)."""

@@ -1,0 +1,1 @@
+"""Learning rates: what to do when a training diverges."""

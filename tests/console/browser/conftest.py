@@ -1,0 +1,87 @@
+"""The console in Chromium, against one server of the embedded model. No route is mocked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.console.browser.visitors import KEYS, REBOUND, ConsoleServer, Visit, Visitor, Watch
+from tests.support.demo_server import TASKS
+from tests.support.keyed import bearer
+from tests.support.serving import adapter, serving, upload
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1",
+]
+TIMEOUT_MS = 30_000
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests here need a browser; where one is required, as in CI, its absence is a failure."""
+    for item in items:
+        if not item.path.is_relative_to(Path(__file__).parent):
+            continue
+        item.add_marker(pytest.mark.slow)
+        if CHROMIUM is None and not os.environ.get("PRELUDE_REQUIRE_BROWSER"):
+            item.add_marker(pytest.mark.skip(reason="needs Chromium: apt-get install chromium"))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ConsoleServer]:
+    """A server of the embedded model with the four embedded soft prompts, one of which has two versions."""
+    folder = tmp_path_factory.mktemp("console")
+    found = ConsoleServer(url="", key_file=folder / "keys.toml", log=folder / "server" / "log", admin=httpx.Client())
+    found.write_keys()
+    flags = ("--dtype", "float32", "--max-num-seqs", "32", "--api-key-file", str(found.key_file))
+    with serving(folder / "server", *flags) as (client, _):
+        found.url = str(client.base_url).rstrip("/")
+        found.admin = client
+        client.headers.update(bearer(KEYS["admin"][0]))
+        for task in TASKS:
+            response = upload(client, task, *adapter(task), description=f"The embedded task {task}", shared="true")
+            assert response.status_code == 201, response.text
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, server: ConsoleServer) -> Iterator[Visit]:
+    """Make browsers with separate cookies; what their pages have said is checked at the end."""
+    visitors: list[Visitor] = []
+
+    def make(**options: object) -> Visitor:
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, **options})  # type: ignore[arg-type]
+        context.set_default_timeout(TIMEOUT_MS)
+        visitors.append(Visitor(server, context, Watch(server.url)))
+        return visitors[-1]
+
+    yield make
+    for visitor in visitors:
+        visitor.context.close()
+    server.delete_leftovers()
+    for visitor in visitors:
+        visitor.watch.check()
+
+
+@pytest.fixture
+def admin(visit: Visit) -> Page:
+    """The list of soft prompts, seen by an administrator."""
+    return visit().login()

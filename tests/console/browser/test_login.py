@@ -1,0 +1,90 @@
+"""Logging in, and what each key may do."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.console.browser.visitors import KEYS, NOT_LOGGED_IN, ConsoleServer, Visit, button
+
+
+def test_a_wrong_key_is_refused_and_a_right_one_opens_the_page(visit: Visit) -> None:
+    visitor = visit()
+    visitor.watch.allow(NOT_LOGGED_IN)
+    page = visitor.page()
+    page.get_by_label("API key").fill("x" * 40)
+    button(page, "Log in").click()
+    expect(page.get_by_text("the API key is not valid")).to_be_visible()
+    page.get_by_label("API key").fill(KEYS["admin"][0])
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="Prompts", level=1)).to_be_visible()
+
+
+def test_the_page_keeps_no_key(visit: Visit, server: ConsoleServer) -> None:
+    visitor = visit()
+    page = visitor.login_by_form()
+    expect(page.get_by_role("link", name="sentiment")).to_be_visible()
+    stored = page.evaluate(
+        "() => JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])"
+    )
+    assert KEYS["admin"][0] not in stored
+    (cookie,) = visitor.context.cookies()
+    assert cookie["httpOnly"]
+    assert cookie["sameSite"] == "Strict"
+    assert KEYS["admin"][0] not in cookie["value"]
+    assert KEYS["admin"][0] not in server.log.read_text()
+    page.reload()
+    expect(page.get_by_role("link", name="sentiment")).to_be_visible()
+
+
+def test_logging_out_ends_the_session_on_the_server(visit: Visit, server: ConsoleServer) -> None:
+    visitor = visit()
+    page = visitor.login_by_form()
+    (cookie,) = visitor.context.cookies()
+    cookies = {str(cookie["name"]): str(cookie["value"])}
+    assert httpx.get(f"{server.url}/v1/me", cookies=cookies).status_code == 200
+    button(page, "Log out").click()
+    expect(page.get_by_label("API key")).to_be_visible()
+    assert httpx.get(f"{server.url}/v1/me", cookies=cookies).status_code == 401
+
+
+def test_a_removed_key_ends_its_session(visit: Visit, server: ConsoleServer) -> None:
+    page = visit().login_by_form("leaver")
+    expect(page.get_by_role("link", name="sentiment")).to_be_visible()
+    server.write_keys("leaver")
+    try:
+        expect(page.get_by_text("The session has ended")).to_be_visible()
+    finally:
+        server.write_keys()
+
+
+@pytest.mark.parametrize(("key", "missing"), [("reader", "prompts:write"), ("sender", "prompts:write")])
+def test_what_a_key_may_not_do_is_there_and_says_why(visit: Visit, key: str, missing: str) -> None:
+    visitor = visit()
+    visitor.watch.allow("status of 403")  # `generate` alone lists nothing
+    page = visitor.login(key)
+    upload = button(page, "Upload")
+    expect(upload).to_have_attribute("aria-disabled", "true")
+    expect(upload).to_have_accessible_description(f"This key lacks the scope {missing}.")
+    upload.focus()
+    expect(page.get_by_role("tooltip")).to_be_visible()
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(f"{visitor.server.url}/console#/prompts")
+
+
+def test_a_reader_sees_a_prompt_and_changes_nothing(visit: Visit) -> None:
+    page = visit().login("reader", "#/prompts/sentiment")
+    expect(page.get_by_role("heading", name="sentiment", level=1)).to_be_visible()
+    for name in ("Delete", "Delete version", "Promote", "Upload a version"):
+        expect(button(page, name)).to_have_attribute("aria-disabled", "true")
+
+
+def test_the_theme_is_all_that_is_stored(admin: Page) -> None:
+    for theme in ("light", "dark"):
+        page_colours = admin.get_by_role("button", name="Colours")
+        page_colours.click()
+        expect(admin.locator("html")).to_have_attribute("data-theme", theme)
+    assert admin.evaluate("() => ({...localStorage})") == {"prelude-theme": "dark"}
+    admin.reload()
+    expect(admin.locator("html")).to_have_attribute("data-theme", "dark")
