@@ -4,7 +4,8 @@
 
 A model of 135M shape with random weights, in the dtype that is fast on the machine; no prefix caching. Adapters have
 rank 16 on all linear layers, except where stated. The ways of a part run in turn, several times, after one warm-up;
-figures are medians of the rounds, and medians of the ratios per round.
+figures are medians of the rounds, and for the ratios per round their median, lower and upper quartile. Decodes have
+an engine for each way, which keeps running: their turns are short, so that all ways meet the same load.
 
 - ``decode``: steps of 64 decodes over 1, 16 and 64 adapters, and over 16 of rank 8 on ``q_proj`` and ``v_proj``,
   against the same steps without adapters. Beside it: the time to read the adapters' bytes from memory once;
@@ -28,7 +29,7 @@ import random
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,11 @@ from benchmarks.adapter_parts.files import ATTENTION, AdapterFiles, write_adapte
 from benchmarks.adapter_parts.peers import adapter_names_way, vllm_lora_way
 from benchmarks.adapter_parts.steps import Request, decodes_way, reading_seconds, run_way
 from benchmarks.peers.vllm_process import vllm_process
-from benchmarks.ways import Way, default_dtype, machine, measure, medians, ratio
+from benchmarks.ways import PAUSE_SECONDS, Way, default_dtype, machine, measure, medians
 from benchmarks.workload import VOCABULARY, build_model, build_soft_prompts, soft_prompt_source
 from server.config import EngineSettings
 from server.engine.llm_engine import LLMEngine
+from server.engine.stats import EngineStats
 from server.engine.types import Member
 
 NUM_DECODES = 64
@@ -51,6 +53,9 @@ PREFILL_TEXTS, PREFILL_TOKENS = 16, 64
 COLD_TOKENS = 128
 MANY_REQUESTS, MANY_ADAPTERS, ROOM = 1024, 512, 64
 RANK = 16
+TURN_PAUSE_SECONDS = 0.05
+START_STEPS = 64
+"""Steps in which texts may start, at most."""
 
 
 @dataclass(frozen=True)
@@ -99,29 +104,50 @@ def over(requests: Sequence[list[int]], files: AdapterFiles, count: int) -> list
     ]
 
 
-def compare(ways: dict[str, Way], rounds: int, first: str = "bare") -> dict[str, object]:
-    """Run the ways in turn; returns their speeds, and their ratios to the first."""
-    speeds = measure(ways, rounds)
-    ratios = {f"{name} over {first}": ratio(speeds, name, first) for name in ways if name != first}
+def compare(
+    ways: dict[str, Way], rounds: int, first: str = "bare", *, pause: float = PAUSE_SECONDS
+) -> dict[str, object]:
+    """Run the ways in turn; returns their speeds, and the median and quartiles of their ratios to the first."""
+    speeds = measure(ways, rounds, pause)
+    ratios: dict[str, object] = {}
+    for name in ways:
+        if name != first:
+            each = [one / other for one, other in zip(speeds[name], speeds[first], strict=True)]
+            low, middle, high = statistics.quantiles(each, n=4)
+            ratios[f"{name} over {first}"] = [round(value, 3) for value in (middle, low, high)]
     return {"median_tokens_per_second": medians(speeds), **ratios}
 
 
 def decode(bench: Bench) -> dict[str, object]:
     """The part ``decode``."""
-    given, steps = texts(NUM_DECODES, 32, 128), bench.arguments.steps
-    with closing(bench.engine()) as engine:
-        ways = {
-            "bare": decodes_way(engine, over(given, bench.large, 0), steps),
-            **{f"{n} adapters": decodes_way(engine, over(given, bench.large, n), steps) for n in (1, 16, 64)},
-            "16 adapters, rank 8, q and v": decodes_way(engine, over(given, bench.small, 16), steps),
-        }
-        figures = compare(ways, bench.arguments.rounds)
+    given = texts(NUM_DECODES, 32, 128)
+    requests = {
+        "bare": over(given, bench.large, 0),
+        **{f"{count} adapters": over(given, bench.large, count) for count in (1, 16, 64)},
+        "16 adapters, rank 8, q and v": over(given, bench.small, 16),
+    }
+    figures, _ = decode_in_turns(bench, requests)
     nbytes = bench.large.nbytes(bench.dtype)
     return {
         **figures,
         "adapter_bytes": nbytes,
         "ms_to_read": {str(count): round(1000 * reading_seconds(count * nbytes), 2) for count in (1, 16, 64)},
     }
+
+
+def decode_in_turns(
+    bench: Bench, requests: dict[str, list[Request]]
+) -> tuple[dict[str, object], dict[str, EngineStats]]:
+    """Decode steps of each way's requests on an engine of its own, in short turns; their figures and statistics."""
+    turns, steps = bench.arguments.turns, bench.arguments.steps
+    with ExitStack() as stack:
+        engines = {name: stack.enter_context(closing(bench.engine(kv_cache_memory=2**30))) for name in requests}
+        ways = {
+            name: decodes_way(engine, requests[name], steps, longest=(turns + 2) * steps + START_STEPS)
+            for name, engine in engines.items()
+        }
+        figures = compare(ways, turns, pause=TURN_PAUSE_SECONDS)
+        return figures, {name: engine.stats for name, engine in engines.items()}
 
 
 def prefill(bench: Bench) -> dict[str, object]:
@@ -137,7 +163,7 @@ def prefill(bench: Bench) -> dict[str, object]:
 
 def mixed(bench: Bench) -> dict[str, object]:
     """The part ``mixed``."""
-    given, steps = texts(NUM_DECODES, 32, 128), bench.arguments.steps
+    given = texts(NUM_DECODES, 32, 128)
     prompts = [soft_prompt_source(path, index, VIRTUAL_TOKENS) for index, path in enumerate(bench.soft_prompts)]
     adapters = [bench.large.source(str(index)) for index in range(8)]
     members: list[Member] = []
@@ -145,16 +171,14 @@ def mixed(bench: Bench) -> dict[str, object]:
         prompt, adapter = prompts[index % len(prompts)], adapters[index % len(adapters)]
         members += [Member(), Member(soft_prompt=prompt), Member(adapter=adapter)]
         members.append(Member(soft_prompt=prompt, adapter=adapter))
-    with closing(bench.engine()) as engine:
-        ways = {
-            "bare": decodes_way(engine, over(given, bench.large, 0), steps),
-            "mixed": decodes_way(engine, list(zip(given, members, strict=True)), steps),
-        }
-        return {
-            **compare(ways, bench.arguments.rounds),
-            "distinct_adapters_in_one_step": engine.stats.max_batch_distinct_adapters,
-            "distinct_soft_prompts_in_one_step": engine.stats.max_batch_distinct_prompts,
-        }
+    figures, stats = decode_in_turns(
+        bench, {"bare": over(given, bench.large, 0), "mixed": list(zip(given, members, strict=True))}
+    )
+    return {
+        **figures,
+        "distinct_adapters_in_one_step": stats["mixed"].max_batch_distinct_adapters,
+        "distinct_soft_prompts_in_one_step": stats["mixed"].max_batch_distinct_prompts,
+    }
 
 
 def cold(bench: Bench) -> dict[str, object]:
@@ -228,7 +252,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=32, help="decode steps in each round")
+    parser.add_argument("--turns", type=int, default=25, help="of each way in the parts with decodes")
+    parser.add_argument("--steps", type=int, default=4, help="decode steps in each turn")
     parser.add_argument("--new-tokens", type=int, default=64, help="of each request in peers")
     parser.add_argument("--cold-texts", type=int, default=20)
     parser.add_argument("--dtype", default=default_dtype())

@@ -16,6 +16,7 @@ Request = tuple[list[int], Member]
 """Token ids of a text, and what serves it."""
 
 _BANDWIDTH_ROUNDS = 5
+_IDLE_SECONDS = 0.0005
 
 
 def add_all(engine: LLMEngine, requests: Sequence[Request], max_tokens: int) -> None:
@@ -42,9 +43,14 @@ def add_all(engine: LLMEngine, requests: Sequence[Request], max_tokens: int) -> 
 def step(engine: LLMEngine, counts: Counter[str]) -> int:
     """Compute one step; returns the number of new tokens, which are counted by request.
 
+    If all sequences wait for a file, the thread that reads it gets a moment, as in the engine's process, whose loop
+    sleeps then.
+
     Raises:
         RuntimeError: If a request failed.
     """
+    if not engine.has_work:
+        time.sleep(_IDLE_SECONDS)
     new = 0
     for event in engine.step():
         if event.failure is not None:
@@ -54,22 +60,28 @@ def step(engine: LLMEngine, counts: Counter[str]) -> int:
     return new
 
 
-def decodes_way(engine: LLMEngine, requests: Sequence[Request], steps: int) -> Way:
-    """Decode steps of all requests together: timed from the first step after all have started."""
+def decodes_way(engine: LLMEngine, requests: Sequence[Request], steps: int, longest: int) -> Way:
+    """Decode steps of all requests together, which have started when this returns and go on from call to call.
+
+    Short turns of engines that all keep running meet the same load of the machine; the texts, which take most of a
+    round's time, are computed once. What the requests name is read before, so that all start together.
+
+    Args:
+        engine: An engine of this way alone.
+        requests: What it computes.
+        steps: Steps of each call.
+        longest: New tokens of a request, over all calls.
+    """
+    counts: Counter[str] = Counter()
+    run_way(engine, requests, 1)()
+    add_all(engine, requests, longest)
+    while len(counts) < len(requests):
+        step(engine, counts)
 
     def way() -> tuple[int, float]:
-        # Texts start in one step, or in some: none ends before the last timed step.
-        counts: Counter[str] = Counter()
-        add_all(engine, requests, 4 * steps)
-        while len(counts) < len(requests):
-            step(engine, counts)
         started = time.perf_counter()
         tokens = sum(step(engine, counts) for _ in range(steps))
         seconds = time.perf_counter() - started
-        for request_id in counts:
-            engine.abort(request_id)
-        while engine.num_unfinished:
-            engine.step()
         if tokens != steps * len(requests):
             raise RuntimeError(f"{tokens} tokens in {steps} steps of {len(requests)} requests")
         return tokens, seconds

@@ -45,6 +45,8 @@ def test_the_adapters_are_files_of_peft(model_folder: Path, tmp_path: Path, targ
 class _Engine:
     """Gives each request a token in every step; texts start one step after another."""
 
+    has_work = True
+
     def __init__(self, failing: str | None = None) -> None:
         self.requests: dict[str, GenerateRequest] = {}
         self.left: dict[str, int] = {}
@@ -85,11 +87,14 @@ def requests(model_folder: Path, tmp_path: Path) -> list[tuple[list[int], Member
 
 def test_only_steps_of_all_decodes_are_timed(requests: list[tuple[list[int], Member]]) -> None:
     engine: Any = _Engine()
-    tokens, seconds = decodes_way(engine, requests, 5)()
+    way = decodes_way(engine, requests, 5, longest=20)
 
-    assert (tokens, engine.steps) == (15, 3 + 5)
-    assert seconds > 0
-    assert engine.num_unfinished == 0
+    started = engine.steps
+    for turn in (1, 2):
+        tokens, seconds = way()
+        assert (tokens, engine.steps) == (15, started + 5 * turn)
+        assert seconds > 0
+    assert engine.num_unfinished == len(requests), "they go on in the next turn"
     assert [request.adapter is None for request in engine.requests.values()] == [True, False, True]
 
 
