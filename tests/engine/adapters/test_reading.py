@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from server.config import EngineSettings
 from server.engine.adapters.reading import AdapterLoadError
+from server.engine.adapters.weights import is_finite
 from server.engine.model.model_runner import ModelRunner
 from tests.support.engine.adapters import Adapted, Text, generate, make_adapters, reader_of, source_of
 from tests.support.engine.harness import Family, make_family, random_text
@@ -138,3 +139,18 @@ def test_files_that_do_not_match_the_base_are_refused(
         (tmp_path / "adapter_model.safetensors").write_bytes(content[:-10])
     with pytest.raises(AdapterLoadError, match=message):
         reader_of(runner).read(source_of(tmp_path, digest="damaged"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("at", [0, 17, 2399])
+def test_one_value_that_is_not_finite_is_found(dtype: torch.dtype, value: float, at: int) -> None:
+    tensor = torch.full((50, 48), torch.finfo(dtype).max, dtype=dtype)
+    tensor[1::2] *= -1
+    assert is_finite(tensor)
+    tensor.view(-1)[at] = value
+    assert not is_finite(tensor)
+
+
+def test_a_tensor_without_elements_is_finite() -> None:
+    assert is_finite(torch.empty(0, 4))
