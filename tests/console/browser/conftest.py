@@ -52,9 +52,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ConsoleServer]:
             response = upload(client, task, *adapter(task), description=f"The embedded task {task}", shared="true")
             assert response.status_code == 201, response.text
         yield found
+    log = found.log.read_text()
+    assert not [name for name, (key, _) in KEYS.items() if key in log], "the log has a key"
+    assert "strap" not in log, "the log has a text"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
@@ -75,7 +78,7 @@ def visit(browser: Browser, server: ConsoleServer) -> Iterator[Visit]:
 
     yield make
     for visitor in visitors:
-        visitor.context.close()
+        visitor.close()
     server.delete_leftovers()
     for visitor in visitors:
         visitor.watch.check()

@@ -84,7 +84,9 @@ def loads(page: Page, url: str, engine: psutil.Process, banner: Locator) -> None
     engine.suspend()  # however fast the machine is, the page is there before the model
     page.goto(f"{url}/console")
     expect(banner).to_contain_text("Loading")
-    assert barriers(page) == []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert barriers(page) == [], scheme
     engine.resume()
     expect(banner).to_have_count(0, timeout=PATIENCE_MS)
     expect(page.get_by_text("There is no soft prompt yet.")).to_be_visible()
