@@ -33,7 +33,7 @@ def started(folder: Path, catalog: str) -> Iterator[tuple[str, subprocess.Popen[
     command = [*PRELUDE, "serve", "--model", str(MODEL_DIRECTORY), "--served-model-name", BASE, "--port", str(port)]
     command += ["--store", str(folder / "store"), "--catalog", catalog, "--kv-cache-memory", "64MiB"]
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([*command, "--dtype", "float32"], stderr=log)
+        process = subprocess.Popen([*command, "--dtype", "float32", "--num-threads", "1"], stderr=log)
     try:
         yield f"http://127.0.0.1:{port}", process
     finally:

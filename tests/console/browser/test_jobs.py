@@ -65,6 +65,8 @@ def test_from_labelled_rows_to_a_promotion(visit: Visit, server: ConsoleServer, 
         expect(page.get_by_role("heading", name=f"{model} on held-out.jsonl")).to_be_visible()
         # It is completed while one looks, without a reload.
         expect(page.get_by_role("heading", name="Rows that are not right")).to_be_visible()
+        settle(page)
+        assert barriers(page) == [], model
     page.get_by_label("Compare with").select_option(index=1)
     expect(page.get_by_text("judged@2 answers more rows correctly")).to_be_visible()
     expect(page.get_by_role("region", name="Confusion matrix of judged@1")).to_be_visible()

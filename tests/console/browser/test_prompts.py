@@ -23,7 +23,7 @@ FILES = [SOFT_PROMPTS_DIRECTORY / "sentiment" / name for name in ("adapter_confi
 @pytest.fixture
 def prompt(server: ConsoleServer, request: pytest.FixtureRequest) -> str:
     """A soft prompt with two versions, the second of which is canary."""
-    name: str = request.node.name.removeprefix("test_").replace("_", "-")[:60].rstrip("-")
+    name: str = re.sub("[^a-z0-9]+", "-", request.node.name.removeprefix("test_"))[:60].rstrip("-")
     first = upload(server.admin, name, *adapter("sentiment"), metadata='{"learning_rate": 0.001}')
     second = upload(server.admin, name, *adapter("intent"), alias="canary", metadata='{"learning_rate": 0.003}')
     assert (first.status_code, second.status_code) == (201, 201), (first.text, second.text)
