@@ -45,8 +45,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ConsoleServer]:
     found = ConsoleServer(url="", key_file=folder / "keys.toml", log=folder / "server" / "log", admin=httpx.Client())
     found.write_keys()
     # One thread: two of these servers and their browsers share the machine.
-    flags = ("--dtype", "float32", "--num-threads", "1", "--max-num-seqs", "32", "--api-key-file", str(found.key_file))
-    with serving(folder / "server", *flags) as (client, _):
+    flags = ("--dtype", "float32", "--num-threads", "1", "--max-num-seqs", "32")
+    with serving(folder / "server", *flags, "--api-key-file", str(found.key_file)) as (client, _):
         found.url = str(client.base_url).rstrip("/")
         found.admin = client
         client.headers.update(bearer(KEYS["admin"][0]))
