@@ -103,7 +103,7 @@ def test_four_soft_prompts_in_one_request_are_drawn_and_end_with_the_tab(visit: 
     wait_until(lambda: not running(server) and not users(server), 5)
     assert time.monotonic() - closed < 1
     with ExitStack() as streams:  # as many as there may be at once: none of the closed pages is counted
-        client = streams.enter_context(httpx.Client(base_url=server.url, headers=server.admin.headers))
+        client = streams.enter_context(httpx.Client(base_url=server.url, headers=server.admin.headers, timeout=60))
         found = [streams.enter_context(client.stream("GET", "/v1/events")) for _ in range(MAX_SUBSCRIBERS)]
         assert {response.status_code for response in found} == {200}
 
