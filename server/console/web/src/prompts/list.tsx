@@ -219,7 +219,7 @@ function Row({ prompt }: { prompt: Prompt }) {
         <span class="row">
           {Object.entries(prompt.aliases).map(([alias, version]) => (
             <Chip key={alias} kind={alias === "latest" ? "alias" : ""}>
-              {alias} → {version}
+              {`${alias}\u00a0→\u00a0${version}`}
             </Chip>
           ))}
           {latest.tags.map((tag) => (
