@@ -360,17 +360,19 @@ class PromptStore:
         actor: By = None,
         access: Access | None = None,
         rollout: Rollout = NO_ROLLOUT,
+        expected_rollout: Rollout | None = None,
     ) -> None:
         """Point an alias at a version; a rollout starts, changes or ends in the same transaction.
 
         Raises:
             ValueError: If the alias is not well formed, or the rollout names the version itself.
             PromptNotFoundError: If there is no such version, also of the rollout.
-            PromptConflictError: If ``expected_version`` is given and the alias does not point there.
+            PromptConflictError: If ``expected_version`` is given and the alias does not point there, or
+                ``expected_rollout`` is given and it has another one.
         """
         check_name(alias, "alias")
         with self._cached.changing(name, access):
-            self._catalog.set_alias(name, alias, version, expected_version, actor, access, rollout)
+            self._catalog.set_alias(name, alias, version, expected_version, actor, access, rollout, expected_rollout)
 
     def rollback(
         self,
@@ -379,15 +381,17 @@ class PromptStore:
         expected_version: int | None = None,
         actor: By = None,
         access: Access | None = None,
+        expected_rollout: Rollout | None = None,
     ) -> int:
         """End the canaries of an alias, or else point it back at its previous version; returns its version.
 
         Raises:
             PromptNotFoundError: If there is no such alias.
-            PromptConflictError: If there is no earlier version, or the alias is not at ``expected_version``.
+            PromptConflictError: If there is no earlier version, or the alias is not at ``expected_version`` or has
+                another rollout than the expected one.
         """
         with self._cached.changing(name, access):
-            return self._catalog.rollback(name, alias, expected_version, actor, access)
+            return self._catalog.rollback(name, alias, expected_version, actor, access, expected_rollout)
 
     def delete_alias(self, name: str, alias: str, actor: By = None, access: Access | None = None) -> None:
         """Remove an alias; PromptNotFoundError if there is none."""

@@ -301,12 +301,14 @@ class Catalog:
         actor: By = None,
         access: Access | None = None,
         rollout: Rollout = NO_ROLLOUT,
+        expected_rollout: Rollout | None = None,
     ) -> None:
         """Point an alias at a version, and start, change or end its rollout.
 
         Raises:
             PromptNotFoundError: If there is no such version, also of the rollout.
-            PromptConflictError: If ``expected_version`` is given and the alias does not point there.
+            PromptConflictError: If ``expected_version`` is given and the alias does not point there, or
+                ``expected_rollout`` is given and it has another one.
             ValueError: If the rollout names the version itself.
         """
         rollout.check(version)
@@ -314,7 +316,7 @@ class Catalog:
             prompt = lookups.find(change.connection, name, access, to_change=True)
             for number in (version, *sorted(rollout.versions)):
                 lookups.require_version(change.connection, prompt, number)
-            lookups.require_target(change.connection, prompt, alias, expected_version)
+            lookups.require_target(change.connection, prompt, alias, expected_version, expected_rollout)
             change.move_alias(prompt, alias, version, HistoryAction.PROMOTE, rollout)
 
     def rollback(
@@ -324,6 +326,7 @@ class Catalog:
         expected_version: int | None,
         actor: By = None,
         access: Access | None = None,
+        expected_rollout: Rollout | None = None,
     ) -> int:
         """End the canaries of an alias; if it has none, undo its last promotion.
 
@@ -334,7 +337,8 @@ class Catalog:
 
         Raises:
             PromptNotFoundError: If there is no such alias.
-            PromptConflictError: If there is no earlier version, or the alias is not at ``expected_version``.
+            PromptConflictError: If there is no earlier version, or the alias is not at ``expected_version`` or has
+                another rollout than the expected one.
         """
         with self.changing(actor) as change:
             connection = change.connection
@@ -342,7 +346,7 @@ class Catalog:
             current = lookups.alias_target(connection, prompt, alias)
             if current is None:
                 raise lookups.alias_not_found(connection, prompt, alias)
-            lookups.require_target(connection, prompt, alias, expected_version)
+            lookups.require_target(connection, prompt, alias, expected_version, expected_rollout)
             if lookups.rollout_of(connection, prompt, alias).canaries:
                 change.move_alias(prompt, alias, current, HistoryAction.ROLLBACK)
                 return current

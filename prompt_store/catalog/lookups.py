@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import sqlalchemy as sa
 
 from prompt_store.catalog import records
@@ -135,15 +137,17 @@ def alias_not_found(connection: sa.Connection, prompt: Prompt, alias: str) -> Al
     return AliasNotFoundError(f"soft prompt {prompt.name!r} has no alias {alias!r}: {has}")
 
 
-def require_target(connection: sa.Connection, prompt: Prompt, alias: str, expected: int | None) -> None:
-    """Raise PromptConflictError if an alias does not point at the expected version; None expects nothing."""
-    if expected is None:
-        return
-    found = alias_target(connection, prompt, alias)
-    if found != expected:
+def require_target(
+    connection: sa.Connection, prompt: Prompt, alias: str, expected: int | None, rollout: Rollout | None = None
+) -> None:
+    """Raise PromptConflictError unless an alias has the expected version and rollout; None expects nothing."""
+    if expected is not None and (found := alias_target(connection, prompt, alias)) != expected:
         raise PromptConflictError(
             f"alias {alias!r} of {prompt.name!r} points at {found or 'nothing'}, not at {expected}"
         )
+    if rollout is not None and (now := rollout_of(connection, prompt, alias)) != rollout:
+        has = json.dumps(now.to_json()) if now != NO_ROLLOUT else "no rollout"
+        raise PromptConflictError(f"alias {alias!r} of {prompt.name!r} has {has}, which is not the expected rollout")
 
 
 def earlier_versions(connection: sa.Connection, name: str, alias: str) -> list[int]:

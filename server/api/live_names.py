@@ -19,7 +19,7 @@ class LiveNames:
     def __init__(self) -> None:
         self._rows: dict[str, Sequence[str | None]] = {}
         self._known: OrderedDict[str, dict[str, str]] = OrderedDict()
-        """By digest: ``NAME@VERSION`` by owner."""
+        """By digest: ``NAME@VERSION`` by owner, the one used last at the end."""
 
     def begin(self, request_id: str, names: Sequence[str | None], versions: Iterable[PromptVersion]) -> None:
         """A sequence is sent to the engine.
@@ -40,7 +40,8 @@ class LiveNames:
     def know(self, version: PromptVersion) -> None:
         """Remember the name of a digest."""
         owners = self._known.setdefault(version.digest, {})
-        if version.owner in owners or len(owners) < _MAX_OWNERS:
+        owners.pop(version.owner, None)
+        if len(owners) < _MAX_OWNERS:
             owners[version.owner] = f"{version.name}@{version.version}"
         self._known.move_to_end(version.digest)
         if len(self._known) > _MAX_KNOWN:
@@ -52,6 +53,6 @@ class LiveNames:
         return names[member] if member < len(names) else None
 
     def name_for(self, tenant: str, digest: str) -> str | None:
-        """A name of a digest that a tenant may see; None if there is none."""
+        """The name of a digest that was used last, of those that a tenant may see; None if there is none."""
         owners = self._known.get(digest, {})
-        return owners.get(tenant) or owners.get(SHARED)
+        return next((owners[owner] for owner in reversed(owners) if owner in (tenant, SHARED)), None)

@@ -285,9 +285,15 @@ class PreludeClient:
         expected: int | None,
         reason: str | None = None,
         rollout: Mapping[str, Any] | None = None,
+        expected_rollout: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Point an alias at a version, with a rollout (``canaries`` and ``shadow``) or none."""
-        body = _without_nones(version=version, expected_version=expected, reason=reason) | dict(rollout or {})
+        """Point an alias at a version, with a rollout (``canaries`` and ``shadow``) or none.
+
+        It fails if the alias is not at the ``expected`` version or has not the expected rollout, if these are given.
+        """
+        body = _without_nones(
+            version=version, expected_version=expected, expected_rollout=expected_rollout, reason=reason
+        ) | dict(rollout or {})
         return _object(self._send("PUT", f"/v1/prompts/{name}/aliases/{alias}", json=body))
 
     def rollback(self, name: str, alias: str, *, expected: int | None, reason: str | None = None) -> dict[str, Any]:

@@ -273,7 +273,11 @@ class Call:
                 num_text = self._num_text_tokens // len(self.leased)
                 num_new = sum(one.num_new_tokens for one in self._sequences if one.pair is None or one.pair is pair)
                 self.services.usage.count(
-                    version, prompt_tokens=num_text, completion_tokens=num_new, is_error=is_failure
+                    version,
+                    prompt_tokens=num_text,
+                    completion_tokens=num_new,
+                    is_error=is_failure,
+                    seconds=None if self.is_batch else seconds,
                 )
         if seconds is not None and self.shadow is not None and self.served_by is not None:
             outputs = self.outputs or [sequence.output for sequence in self._sequences]

@@ -174,16 +174,21 @@ class PromptUsage(BaseModel):
     errors: int = Field(description="Number of them that failed.")
     prompt_tokens: int = Field(description="Text tokens of their prompts.")
     completion_tokens: int = Field(description="Tokens of their answers.")
+    p95_seconds: float | None = Field(
+        description="95th percentile of the seconds from a request's arrival to the end of its answer, of the newest "
+        "128 requests of the last hour on this server, without the service tier `batch`; null without any."
+    )
 
     @classmethod
-    def of(cls, use: Use) -> PromptUsage:
-        """Convert the catalog's record."""
+    def of(cls, use: Use, p95_seconds: float | None) -> PromptUsage:
+        """Convert the catalog's record, with what this server has measured."""
         return cls(
             last_used_at=use.last_used_at // 1_000_000 or None,
             requests=use.requests,
             errors=use.errors,
             prompt_tokens=use.prompt_tokens,
             completion_tokens=use.completion_tokens,
+            p95_seconds=None if p95_seconds is None else round(p95_seconds, 6),
         )
 
 
@@ -212,7 +217,7 @@ class PromptBody(BaseModel):
         summary: PromptSummary,
         *,
         pinned: list[int],
-        use: Use | None = None,
+        usage: PromptUsage | None = None,
         residency: Residency | None = None,
     ) -> PromptBody:
         """Convert the catalog's summary; the residency is that of its latest version."""
@@ -223,7 +228,7 @@ class PromptBody(BaseModel):
             num_versions=summary.num_versions,
             pinned=pinned,
             latest=VersionBody.of(summary.latest, pinned=summary.latest.version in pinned, residency=residency),
-            usage=None if use is None else PromptUsage.of(use),
+            usage=usage,
         )
 
 
@@ -297,11 +302,30 @@ class HistoryList(BaseModel):
     last_id: int | None = Field(description="Value of `before` that fetches the next page.")
 
 
-class AliasBody(RolloutBody):
+class ExpectedRollout(RolloutBody):
+    """The rollout that an alias must have; ``{}`` is none."""
+
+
+class Expected(RequestBody):
+    """What an alias must be for a change of it, so that no change of another client is overwritten."""
+
+    expected_version: ExpectedVersion = None
+    expected_rollout: ExpectedRollout | None = Field(
+        None,
+        description="Fail with 409 unless the alias has exactly this rollout (`canaries` and `shadow`); `{}`: unless "
+        "it has none.",
+    )
+
+    @property
+    def expected(self) -> Rollout | None:
+        """The expected rollout as the catalog has it; None expects nothing."""
+        return None if self.expected_rollout is None else self.expected_rollout.rollout
+
+
+class AliasBody(RolloutBody, Expected):
     """The version that an alias should point at, and the whole of its rollout; without one, a rollout ends."""
 
     version: int = Field(ge=1, lt=2**63, description="The version that the alias should point at.")
-    expected_version: ExpectedVersion = None
     reason: Reason | None = Field(None, description="Reason of the change, for the history.")
 
     @model_validator(mode="after")
@@ -310,10 +334,9 @@ class AliasBody(RolloutBody):
         return self
 
 
-class RollbackBody(RequestBody):
-    """The condition of a rollback."""
+class RollbackBody(Expected):
+    """The conditions of a rollback."""
 
-    expected_version: ExpectedVersion = None
     reason: Reason | None = Field(None, description="Reason of the change, for the history.")
 
 

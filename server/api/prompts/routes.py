@@ -44,6 +44,7 @@ from server.api.prompts.bodies import (
     HistoryList,
     PromptBody,
     PromptList,
+    PromptUsage,
     RestoreBody,
     Restored,
     RollbackBody,
@@ -161,7 +162,8 @@ def _prompt_body(
     services: Services, summary: PromptSummary, use: Use | None = None, residency: Residency | None = None
 ) -> PromptBody:
     pinned = services.warmer.pinned_versions(summary.name)
-    return PromptBody.of(summary, pinned=pinned, use=use, residency=residency)
+    usage = None if use is None else PromptUsage.of(use, services.usage.p95_seconds(summary.name))
+    return PromptBody.of(summary, pinned=pinned, usage=usage, residency=residency)
 
 
 def _file_headers(filename: str, sha256: str) -> dict[str, str]:
@@ -413,6 +415,7 @@ async def set_alias(
         alias,
         body.version,
         expected_version=body.expected_version,
+        expected_rollout=body.expected,
         actor=acting.actor(body.reason),
         access=acting.access,
         rollout=body.rollout,
@@ -438,6 +441,7 @@ async def rollback(
         name,
         alias,
         expected_version=body.expected_version,
+        expected_rollout=body.expected,
         actor=acting.actor(body.reason),
         access=acting.access,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 _MINUTES = 60
 _MAX_RECENT = 10_000
+_HOUR_SECONDS = 3600.0
+_MAX_TIMED = 1000
+_MAX_TIMES = 128
 
 FLUSH_SECONDS = 60.0
 """Interval of the flushes; a server that is killed loses the use since the last one."""
@@ -36,15 +40,40 @@ class UsageCounter:
         self._running: Counter[tuple[str, int]] = Counter()
         self._recent: OrderedDict[tuple[str, int], deque[list[int]]] = OrderedDict()
         """By version, the requests of each of the last minutes: minute and number."""
+        self._times: OrderedDict[str, deque[tuple[float, float]]] = OrderedDict()
+        """By name, the newest requests: end by the monotonic clock, and seconds."""
 
     def count(
-        self, version: PromptVersion, *, prompt_tokens: int, completion_tokens: int, is_error: bool = False
+        self,
+        version: PromptVersion,
+        *,
+        prompt_tokens: int,
+        completion_tokens: int,
+        is_error: bool = False,
+        seconds: float | None = None,
     ) -> None:
-        """Count one request that a version has served, or failed to serve."""
+        """Count one request that a version has served, or failed to serve.
+
+        Args:
+            version: The version.
+            prompt_tokens: Text tokens.
+            completion_tokens: New tokens.
+            is_error: Whether it failed.
+            seconds: From its arrival to the end of its answer; None if it was not answered, or not at once.
+        """
         key = version.name, version.version
         use = Use(1, prompt_tokens, completion_tokens, time.time_ns() // 1000, int(is_error))
         self._pending[key] = self._pending.get(key, Use()) + use
         self._note_recent(key, int(time.monotonic() // 60))
+        if seconds is not None:
+            self._note_time(version.name, time.monotonic(), seconds)
+
+    def _note_time(self, name: str, now: float, seconds: float) -> None:
+        times = self._times.setdefault(name, deque(maxlen=_MAX_TIMES))
+        times.append((now, seconds))
+        self._times.move_to_end(name)
+        if len(self._times) > _MAX_TIMED:
+            self._times.popitem(last=False)
 
     def _note_recent(self, key: tuple[str, int], minute: int) -> None:
         minutes = self._recent.pop(key, None) or deque(maxlen=_MINUTES)
@@ -75,6 +104,15 @@ class UsageCounter:
         """Requests that a version has served in the last hour, of the most recently used versions."""
         oldest = int(time.monotonic() // 60) - _MINUTES
         return sum(count for minute, count in self._recent.get((name, version), ()) if minute > oldest)
+
+    def p95_seconds(self, name: str) -> float | None:
+        """The 95th percentile of the time of a name's requests, of the newest 128 of the last hour; None without any.
+
+        It is known for the 1,000 names that were used last.
+        """
+        since = time.monotonic() - _HOUR_SECONDS
+        times = sorted(seconds for at, seconds in self._times.get(name, ()) if at > since)
+        return times[math.ceil(0.95 * len(times)) - 1] if times else None
 
     def pending(self, name: str, version: int) -> Use:
         """The use of a version that is not in the catalog yet."""

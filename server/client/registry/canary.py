@@ -63,14 +63,20 @@ class _Rules:
         return cls(float(errors[0][1]) / 100 if errors else None, _BETTER in rules)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Rollout:
-    """One run of the command."""
+    """One run of the command.
+
+    Attributes:
+        stable: The version that the alias points at.
+        seen: The rollout that the alias had when it was last read or set; a change of it fails if it has another one.
+    """
 
     client: PreludeClient
     name: str
     alias: str
     stable: int
+    seen: Mapping[str, Any]
     to: int
     reason: str | None
 
@@ -87,9 +93,17 @@ class _Rollout:
         return self._set(self.to if promote else self.stable, {})
 
     def _set(self, version: int, rollout: Mapping[str, Any]) -> dict[str, Any]:
-        return self.client.set_alias(
-            self.name, self.alias, version, expected=self.stable, reason=self.reason, rollout=rollout
+        reply = self.client.set_alias(
+            self.name,
+            self.alias,
+            version,
+            expected=self.stable,
+            reason=self.reason,
+            rollout=rollout,
+            expected_rollout=self.seen,
         )
+        self.seen = rollout
+        return reply
 
     def check_unchanged(self) -> None:
         """Raise ClientError if somebody else has moved the alias or changed its rollout."""
@@ -150,8 +164,8 @@ def canary(
     if promote_if and (shadow or not percent):
         raise typer.BadParameter("--promote-if needs a canary: no --shadow, and a --percent above 0")
     with data_errors(as_json=as_json), serving(url, api_key, as_json=as_json) as client:
-        stable = _stable(client, name, alias)
-        rollout = _Rollout(client, name, alias, stable, to, reason)
+        stable, seen = _stable(client, name, alias)
+        rollout = _Rollout(client, name, alias, stable, seen, to, reason)
         reply = rollout.start(percent, is_shadow=shadow)
         if not promote_if:
             what = f"version {stable} answers all of {name}@{alias}"
@@ -177,11 +191,13 @@ def canary(
         raise typer.Exit(ExitStatus.FAILED)
 
 
-def _stable(client: PreludeClient, name: str, alias: str) -> int:
-    version = client.prompt(name)["aliases"].get(alias)
+def _stable(client: PreludeClient, name: str, alias: str) -> tuple[int, Mapping[str, Any]]:
+    """The version and the rollout of an alias."""
+    prompt = client.prompt(name)
+    version = prompt["aliases"].get(alias)
     if version is None:
         raise ClientError(f"the soft prompt {name!r} has no alias {alias!r}", status=404, code="prompt_not_found")
-    return int(version)
+    return int(version), prompt["rollouts"].get(alias) or {}
 
 
 def _wait(rollout: _Rollout, before: tuple[int, int], max_errors: float, requests: int, seconds: float) -> str | None:

@@ -227,3 +227,15 @@ def test_percentiles_weigh_samples_by_their_number() -> None:
     median, high = percentiles([spread]) or (0.0, 0.0)
     assert (median, high) == (49.0, 94.0)
     assert Counter(spread.sample).total() == 100
+
+
+async def test_bytes_of_several_names_have_the_one_that_was_used_last(
+    client: httpx.AsyncClient, app: FastAPI, upload_parts: UploadParts
+) -> None:
+    digest = await upload(client, upload_parts, "ours", "root", shared="true")
+    assert await upload(client, upload_parts, "mine", "a1") == digest
+    names = app.state.services.names
+    for name, seen in (("mine", ("mine@1", None)), ("ours", ("ours@1", "ours@1")), ("mine", ("mine@1", "ours@1"))):
+        asked = {"model": name, "prompt": "x", "max_tokens": 1}
+        assert (await client.post("/v1/completions", json=asked, headers=bearer("a1"))).is_success
+        assert (names.name_for("a", digest), names.name_for("b", digest)) == seen

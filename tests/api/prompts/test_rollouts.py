@@ -180,3 +180,24 @@ async def test_failed_requests_are_counted_by_version(rolling: httpx.AsyncClient
     usage = {one["version"]: one for one in (await rolling.get("/v1/prompts/p/usage")).json()["data"]}
     assert (usage[2]["requests"], usage[2]["errors"]) == (2, 1)
     assert (usage[1]["requests"], usage[1]["errors"]) == (0, 0)
+
+
+async def test_of_two_clients_the_second_overwrites_no_rollout_that_it_has_not_seen(
+    rolling: httpx.AsyncClient,
+) -> None:
+    seen = (await rolling.get("/v1/prompts/p")).json()["rollouts"]["latest"]
+    path, change = "/v1/prompts/p/aliases/latest", {"version": 1, "expected_version": 1, "expected_rollout": seen}
+    assert (await rolling.put(path, json=change | {"canaries": {"2": 50}})).status_code == 200
+    for body in (change | {"canaries": {"3": 5}}, change, change | {"version": 2}):
+        response = await rolling.put(path, json=body)
+        assert (response.status_code, response.json()["error"]["code"]) == (409, "conflict")
+    back = await rolling.post(f"{path}/rollback", json={"expected_rollout": seen})
+    assert (back.status_code, back.json()["error"]["code"]) == (409, "conflict")
+    now = (await rolling.get("/v1/prompts/p")).json()["rollouts"]
+    assert now == {"latest": {"canaries": {"2": 50.0}, "shadow": None}}
+    assert (await rolling.post(f"{path}/rollback", json={"expected_rollout": now["latest"]})).status_code == 200
+    started = {"version": 1, "canaries": {"2": 5}, "expected_rollout": {}}
+    assert (await rolling.put(path, json=started)).status_code == 200
+    assert (await rolling.put(path, json=started)).status_code == 409
+    invalid = await rolling.put(path, json=change | {"expected_rollout": {"canaries": {"2": 101}}})
+    assert invalid.status_code == 400

@@ -78,6 +78,28 @@ async def test_requests_and_tokens_are_counted_by_version(
     assert (await client.get("/v1/prompts/none/usage")).status_code == 404
 
 
+async def test_the_list_has_the_95th_percentile_of_the_seconds(
+    client: httpx.AsyncClient, app: FastAPI, two: None
+) -> None:
+    async def p95() -> float | None:
+        (one,) = (await client.get("/v1/prompts?include=usage")).json()["data"]
+        found: float | None = one["usage"]["p95_seconds"]
+        return found
+
+    assert await p95() is None
+    await complete(client, model="p")
+    measured = await p95()
+    assert measured is not None
+    assert 0 < measured < 60
+    services = services_of(app)
+    version = (await services.store.get_prompt("p")).latest
+    for hundredths in range(1, 129):  # the newest 128: the measured one is not among them
+        services.usage.count(version, prompt_tokens=1, completion_tokens=1, seconds=hundredths / 100)
+    services.usage.count(version, prompt_tokens=1, completion_tokens=1, is_error=True)
+    assert await p95() == pytest.approx(1.22)
+    assert (await client.get("/v1/prompts")).json()["data"][0]["usage"] is None
+
+
 async def test_unused_soft_prompts_are_listed(client: httpx.AsyncClient, two: None) -> None:
     assert (await client.get("/v1/prompts?unused_for=3600")).json()["data"] == []
     assert (await client.get("/v1/prompts?unused_for=0")).status_code == 400

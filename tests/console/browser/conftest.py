@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.console.browser.visitors import KEYS, REBOUND, ConsoleServer, Visit, Visitor, Watch
 from tests.support.demo_server import TASKS
@@ -25,6 +25,7 @@ FLAGS = [
     f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1",
 ]
 TIMEOUT_MS = 30_000
+expect.set_options(timeout=TIMEOUT_MS)  # the machine may be busy; no test measures time
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,8 +44,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ConsoleServer]:
     folder = tmp_path_factory.mktemp("console")
     found = ConsoleServer(url="", key_file=folder / "keys.toml", log=folder / "server" / "log", admin=httpx.Client())
     found.write_keys()
-    flags = ("--dtype", "float32", "--max-num-seqs", "32", "--api-key-file", str(found.key_file))
-    with serving(folder / "server", *flags) as (client, _):
+    # One thread: two of these servers and their browsers share the machine.
+    flags = ("--dtype", "float32", "--num-threads", "1", "--max-num-seqs", "32")
+    with serving(folder / "server", *flags, "--api-key-file", str(found.key_file)) as (client, _):
         found.url = str(client.base_url).rstrip("/")
         found.admin = client
         client.headers.update(bearer(KEYS["admin"][0]))
@@ -52,9 +54,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ConsoleServer]:
             response = upload(client, task, *adapter(task), description=f"The embedded task {task}", shared="true")
             assert response.status_code == 201, response.text
         yield found
+    log = found.log.read_text()
+    assert not [name for name, (key, _) in KEYS.items() if key in log], "the log has a key"
+    assert "strap" not in log, "the log has a text"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
@@ -75,7 +80,7 @@ def visit(browser: Browser, server: ConsoleServer) -> Iterator[Visit]:
 
     yield make
     for visitor in visitors:
-        visitor.context.close()
+        visitor.close()
     server.delete_leftovers()
     for visitor in visitors:
         visitor.watch.check()

@@ -33,7 +33,7 @@ def started(folder: Path, catalog: str) -> Iterator[tuple[str, subprocess.Popen[
     command = [*PRELUDE, "serve", "--model", str(MODEL_DIRECTORY), "--served-model-name", BASE, "--port", str(port)]
     command += ["--store", str(folder / "store"), "--catalog", catalog, "--kv-cache-memory", "64MiB"]
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([*command, "--dtype", "float32"], stderr=log)
+        process = subprocess.Popen([*command, "--dtype", "float32", "--num-threads", "1"], stderr=log)
     try:
         yield f"http://127.0.0.1:{port}", process
     finally:
@@ -84,7 +84,9 @@ def loads(page: Page, url: str, engine: psutil.Process, banner: Locator) -> None
     engine.suspend()  # however fast the machine is, the page is there before the model
     page.goto(f"{url}/console")
     expect(banner).to_contain_text("Loading")
-    assert barriers(page) == []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert barriers(page) == [], scheme
     engine.resume()
     expect(banner).to_have_count(0, timeout=PATIENCE_MS)
     expect(page.get_by_text("There is no soft prompt yet.")).to_be_visible()

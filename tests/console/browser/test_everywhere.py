@@ -72,8 +72,16 @@ def picture(page: Page, name: str) -> None:
         page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=True)
 
 
+DIALOGS = {
+    "#/prompts/dialogs?version=1": ("Promote", "Roll back", "Start a rollout", "Delete", "Delete version"),
+    "#/evaluations": ("New",),
+    "#/keys": ("New key",),
+}
+"""The dialogs of each view, by the name of the button that opens them."""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_login_dialogs_and_errors_have_no_barrier(visit: Visit, scheme: str) -> None:
+def test_login_dialogs_and_errors_have_no_barrier(visit: Visit, server: ConsoleServer, scheme: str) -> None:
     visitor = visit(color_scheme=scheme)
     visitor.watch.allow("status of 401", "status of 400")
     page = visitor.page()
@@ -81,17 +89,20 @@ def test_login_dialogs_and_errors_have_no_barrier(visit: Visit, scheme: str) -> 
     button(page, "Log in").click()
     expect(page.get_by_text("the API key is not valid")).to_be_visible()
     assert barriers(page) == []
-    page = visitor.login(where="#/prompts/sentiment")
-    settle(page)
-    for name in ("Promote", "Delete", "Delete version"):
-        if button(page, name).get_attribute("aria-disabled"):
-            continue
-        button(page, name).click()
-        expect(page.get_by_role("dialog")).to_be_visible()
-        assert barriers(page) == [], name
-        picture(page, f"dialog-{name.lower().replace(' ', '-')}-{scheme}")
-        page.keyboard.press("Escape")
-        expect(page.get_by_role("dialog")).to_have_count(0)
+    server.leftovers.append("dialogs")
+    for task in ("sentiment", "intent"):
+        upload(server.admin, "dialogs", *adapter(task)).raise_for_status()
+    page = visitor.login()
+    for where, names in DIALOGS.items():
+        show(page, where)
+        for name in names:
+            button(page, name).click()
+            expect(page.get_by_role("dialog")).to_be_visible()
+            settle(page)
+            assert barriers(page) == [], name
+            picture(page, f"dialog-{name.lower().replace(' ', '-')}-{scheme}")
+            page.keyboard.press("Escape")
+            expect(page.get_by_role("dialog")).to_have_count(0)
     page.keyboard.press("Control+k")
     expect(page.get_by_role("option", name=re.compile("sentiment"))).to_be_visible()
     assert barriers(page) == []

@@ -19,7 +19,7 @@ from tests.console.browser.visitors import ConsoleServer, Visit, button
 from tests.support.serving import adapter, upload
 from tests.support.waiting import wait_until
 
-HELD_OUT = (SOFT_PROMPTS_DIRECTORY.parent / "heldout" / "sentiment.jsonl").read_text().splitlines()[:40]
+HELD_OUT = (SOFT_PROMPTS_DIRECTORY.parent / "heldout" / "intent.jsonl").read_text().splitlines()[:40]
 ROWS = [{"text": row["input"], "label": row["output"]} for row in map(json.loads, HELD_OUT)]
 RUN = "/v1/runs/run-" + "7" * 32
 
@@ -27,8 +27,8 @@ RUN = "/v1/runs/run-" + "7" * 32
 @pytest.fixture
 def judged(server: ConsoleServer) -> Iterator[str]:
     """A soft prompt whose first version is trained for another task, and whose alias points there."""
-    upload(server.admin, "judged", *adapter("dates")).raise_for_status()
-    upload(server.admin, "judged", *adapter("sentiment"), alias="candidate").raise_for_status()
+    upload(server.admin, "judged", *adapter("extract")).raise_for_status()
+    upload(server.admin, "judged", *adapter("intent"), alias="candidate").raise_for_status()
     server.leftovers.append("judged")
     yield "judged"
     for one in server.admin.get("/v1/evaluations?limit=500").json()["data"]:
@@ -65,6 +65,8 @@ def test_from_labelled_rows_to_a_promotion(visit: Visit, server: ConsoleServer, 
         expect(page.get_by_role("heading", name=f"{model} on held-out.jsonl")).to_be_visible()
         # It is completed while one looks, without a reload.
         expect(page.get_by_role("heading", name="Rows that are not right")).to_be_visible()
+        settle(page)
+        assert barriers(page) == [], model
     page.get_by_label("Compare with").select_option(index=1)
     expect(page.get_by_text("judged@2 answers more rows correctly")).to_be_visible()
     expect(page.get_by_role("region", name="Confusion matrix of judged@1")).to_be_visible()

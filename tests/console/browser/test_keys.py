@@ -87,7 +87,7 @@ def make_key(page: Page) -> tuple[str, str]:
     dialog.get_by_label("Name", exact=True).fill("Not A Name")
     expect(button(dialog, "Make the key")).to_have_attribute("aria-disabled", "true")
     dialog.get_by_label("Name", exact=True).fill("from-the-browser")
-    dialog.get_by_label("Tenant").fill("acme")
+    dialog.get_by_label("Tenant", exact=True).fill("acme")
     dialog.get_by_label(re.compile("^generate")).uncheck()
     dialog.get_by_label("Requests per minute").fill("7")
     assert barriers(page) == []

@@ -6,16 +6,20 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import httpx
-from playwright.sync_api import expect
+from playwright.sync_api import Page, expect
 
+from server.api.monitoring.subscription import MAX_SUBSCRIBERS
 from server.demo.tour import MODEL_NAME
 from tests.console.browser.isolated import barriers
 from tests.console.browser.test_everywhere import picture, show
+from tests.console.browser.test_playground import running, without_end
 from tests.console.browser.visitors import ConsoleServer, Visit, button
 from tests.support.demo_server import TASKS
+from tests.support.serving import adapter, upload
+from tests.support.waiting import wait_until
 
 TEXT = "The strap was never shoddy, but the zipper broke on day two. "
 
@@ -67,6 +71,71 @@ def test_the_batch_is_drawn_with_each_soft_prompt_once(visit: Visit, server: Con
         expect(page.get_by_role("row", name=re.compile("sentiment@1"))).to_have_count(2)
         assert barriers(page) == []
     expect(page.get_by_text("Nothing runs now.")).to_be_visible()
+
+
+def test_four_soft_prompts_in_one_request_are_drawn_and_end_with_the_tab(visit: Visit, server: ConsoleServer) -> None:
+    """Their texts equal four separate requests; a closed tab leaves no sequence, lease or subscriber."""
+    visitor = visit()
+    page, live = visitor.login(), visitor.page("#/live")
+    expect(live.get_by_text("Nothing runs now.")).to_be_visible()
+    page.route("**/v1/completions", without_end)
+    begin(page, 300)
+    for task in TASKS:
+        group = live.get_by_role("group", name=f"{task}@1: 1 row")
+        expect(group.locator(".shared")).to_have_count(1)
+    hues = live.locator(".batch .group").evaluate_all("all => all.map(one => one.style.getPropertyValue('--h'))")
+    assert len(set(hues)) == 4
+    expect(page.get_by_role("status").filter(has_text="new.")).to_be_visible(timeout=60_000)
+    shared = re.search(r"(\d+)% shared", page.get_by_role("region", name="One batch").inner_text())
+    assert shared
+    assert int(shared[1]) >= 90
+    for task in TASKS:
+        body = {"model": task, "prompt": TEXT, "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+        alone = server.admin.post("/v1/completions", json=body).json()["choices"][0]["text"]
+        card = page.get_by_role("region", name=f"Answer of {task}@1", exact=True)
+        shown = card.get_by_role("group", name=re.compile("^Text")).evaluate("element => element.textContent")
+        assert shown.split() == alone.split(), task
+    begin(page, 900)
+    expect(live.get_by_role("group", name="sentiment@1: 1 row")).to_be_visible()
+    page.close()
+    live.close()
+    closed = time.monotonic()
+    wait_until(lambda: not running(server) and not users(server), 5)
+    assert time.monotonic() - closed < 1
+    with ExitStack() as streams:  # as many as there may be at once: none of the closed pages is counted
+        client = streams.enter_context(httpx.Client(base_url=server.url, headers=server.admin.headers, timeout=60))
+        found = [streams.enter_context(client.stream("GET", "/v1/events")) for _ in range(MAX_SUBSCRIBERS)]
+        assert {response.status_code for response in found} == {200}
+
+
+def begin(page: Page, tokens: int) -> None:
+    """Ask four soft prompts in one request."""
+    show(page, f"#/playground?with={','.join(TASKS)}")
+    page.get_by_label("max_tokens").fill(str(tokens))
+    page.get_by_label("Text", exact=True).fill(TEXT)
+    with page.expect_response("**/v1/completions"):
+        page.keyboard.press("Control+Enter")
+
+
+def users(server: ConsoleServer) -> int:
+    """Sequences that use a soft prompt on the device or wait for one."""
+    return sum(one["users"] for one in server.admin.get("/v1/engine").json()["soft_prompts"])
+
+
+def test_a_soft_prompt_of_two_names_is_shown_by_the_one_in_use(visit: Visit, server: ConsoleServer) -> None:
+    """The same bytes have one copy on the device."""
+    upload(server.admin, "twin", *adapter("sentiment")).raise_for_status()
+    server.leftovers.append("twin")
+    page = visit().login(where="#/live")
+    with traffic(server, "twin"), traffic(server, "sentiment"):
+        group = page.get_by_role("group", name=re.compile(r"^(twin@1, sentiment@1|sentiment@1, twin@1): 2 rows$"))
+        expect(group.locator(".shared")).to_have_count(1)
+        colours = group.locator(".names .sw").evaluate_all("all => all.map(one => one.style.getPropertyValue('--h'))")
+        assert len(set(colours)) == 2
+    with traffic(server, "sentiment"):
+        expect(page.get_by_role("group", name="sentiment@1: 1 row")).to_be_visible()
+        resident = page.get_by_role("region", name="Soft prompts on the device")
+        expect(resident.get_by_text("sentiment@1", exact=True)).to_be_visible()
 
 
 def test_a_paused_page_asks_for_nothing(visit: Visit, server: ConsoleServer) -> None:

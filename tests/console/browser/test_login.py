@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.console.browser.test_everywhere import show
 from tests.console.browser.visitors import KEYS, NOT_LOGGED_IN, ConsoleServer, Visit, button
 
 
@@ -21,7 +24,7 @@ def test_a_wrong_key_is_refused_and_a_right_one_opens_the_page(visit: Visit) -> 
     expect(page.get_by_role("heading", name="Prompts", level=1)).to_be_visible()
 
 
-def test_the_page_keeps_no_key(visit: Visit, server: ConsoleServer) -> None:
+def test_the_page_keeps_no_key_and_logging_out_ends_the_session(visit: Visit, server: ConsoleServer) -> None:
     visitor = visit()
     page = visitor.login_by_form()
     expect(page.get_by_role("link", name="sentiment")).to_be_visible()
@@ -36,12 +39,6 @@ def test_the_page_keeps_no_key(visit: Visit, server: ConsoleServer) -> None:
     assert KEYS["admin"][0] not in server.log.read_text()
     page.reload()
     expect(page.get_by_role("link", name="sentiment")).to_be_visible()
-
-
-def test_logging_out_ends_the_session_on_the_server(visit: Visit, server: ConsoleServer) -> None:
-    visitor = visit()
-    page = visitor.login_by_form()
-    (cookie,) = visitor.context.cookies()
     cookies = {str(cookie["name"]): str(cookie["value"])}
     assert httpx.get(f"{server.url}/v1/me", cookies=cookies).status_code == 200
     button(page, "Log out").click()
@@ -49,28 +46,59 @@ def test_logging_out_ends_the_session_on_the_server(visit: Visit, server: Consol
     assert httpx.get(f"{server.url}/v1/me", cookies=cookies).status_code == 401
 
 
-def test_a_removed_key_ends_its_session(visit: Visit, server: ConsoleServer) -> None:
-    page = visit().login_by_form("leaver")
+def test_a_session_ends_when_it_expires_and_with_its_key(visit: Visit, server: ConsoleServer) -> None:
+    """To the server, an expired token is one that it does not know."""
+    visitor = visit()
+    page = visitor.login_by_form("leaver")
+    expect(page.get_by_role("link", name="sentiment")).to_be_visible()
+    (cookie,) = visitor.context.cookies()
+    visitor.context.add_cookies(
+        [{"name": str(cookie["name"]), "value": "A" * 43, "url": visitor.server.url, "httpOnly": True}]
+    )
+    expect(page.get_by_text("The session has ended")).to_be_visible(timeout=15_000)
+    page.get_by_label("API key").fill(KEYS["leaver"][0])
+    page.keyboard.press("Enter")
     expect(page.get_by_role("link", name="sentiment")).to_be_visible()
     server.write_keys("leaver")
     try:
-        expect(page.get_by_text("The session has ended")).to_be_visible()
+        expect(page.get_by_text("The session has ended")).to_be_visible(timeout=15_000)
     finally:
         server.write_keys()
 
 
-@pytest.mark.parametrize(("key", "missing"), [("reader", "prompts:write"), ("sender", "prompts:write")])
-def test_what_a_key_may_not_do_is_there_and_says_why(visit: Visit, key: str, missing: str) -> None:
+ACTIONS = [
+    ("#/prompts", "Upload", "prompts:write"),
+    ("#/upload", "Check only", "prompts:write"),
+    ("#/playground?with=sentiment", re.compile("^Run"), "generate"),
+    ("#/evaluations", "New", "generate"),
+]
+"""A view, an action on it, and the scope that it needs."""
+
+
+@pytest.mark.parametrize("key", ["reader", "sender", "pusher", "watcher"])
+def test_what_a_key_of_one_scope_may_not_do_is_there_and_says_why(visit: Visit, key: str) -> None:
     visitor = visit()
-    visitor.watch.allow("status of 403")  # `generate` alone lists nothing
+    visitor.watch.allow("status of 403")  # a page whose list the key may not read
     page = visitor.login(key)
-    upload = button(page, "Upload")
-    expect(upload).to_have_attribute("aria-disabled", "true")
-    expect(upload).to_have_accessible_description(f"This key lacks the scope {missing}.")
-    upload.focus()
-    expect(page.get_by_role("tooltip")).to_be_visible()
-    page.keyboard.press("Enter")
-    expect(page).to_have_url(f"{visitor.server.url}/console#/prompts")
+    (scope,) = KEYS[key][1]
+    for where, name, needed in ACTIONS:
+        show(page, where)
+        expect(button(page, name)).to_be_visible()
+        reason = re.compile(f"^This key lacks the scope {needed}.$")
+        if needed == scope:
+            expect(button(page, name)).not_to_have_accessible_description(reason)
+        else:
+            expect(button(page, name)).to_have_accessible_description(reason)
+            expect(button(page, name)).to_have_attribute("aria-disabled", "true")
+    show(page, "#/keys")
+    expect(page.get_by_text("This key lacks the scope admin")).to_have_count(int(scope != "admin"))
+    show(page, "#/prompts")
+    expect(page.get_by_text("insufficient_scope")).to_have_count(int(scope != "prompts:read"))
+    if scope != "prompts:write":
+        button(page, "Upload").focus()
+        expect(page.get_by_role("tooltip").filter(has_text="prompts:write")).to_be_visible()
+        page.keyboard.press("Enter")
+        expect(page).to_have_url(f"{visitor.server.url}/console#/prompts")
 
 
 def test_a_reader_sees_a_prompt_and_changes_nothing(visit: Visit) -> None:

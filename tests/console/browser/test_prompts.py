@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
+from safetensors.numpy import save
 
 from server.demo.tour import SOFT_PROMPTS_DIRECTORY
 from tests.console.browser.isolated import barriers
@@ -20,7 +23,7 @@ FILES = [SOFT_PROMPTS_DIRECTORY / "sentiment" / name for name in ("adapter_confi
 @pytest.fixture
 def prompt(server: ConsoleServer, request: pytest.FixtureRequest) -> str:
     """A soft prompt with two versions, the second of which is canary."""
-    name: str = request.node.name.removeprefix("test_").replace("_", "-")[:60].rstrip("-")
+    name: str = re.sub("[^a-z0-9]+", "-", request.node.name.removeprefix("test_"))[:60].rstrip("-")
     first = upload(server.admin, name, *adapter("sentiment"), metadata='{"learning_rate": 0.001}')
     second = upload(server.admin, name, *adapter("intent"), alias="canary", metadata='{"learning_rate": 0.003}')
     assert (first.status_code, second.status_code) == (201, 201), (first.text, second.text)
@@ -179,6 +182,44 @@ def test_a_rollout_is_started_changed_and_ended(admin: Page, server: ConsoleServ
     }
 
 
+@pytest.mark.parametrize("how", ["change", "end", "promote", "roll back"])
+def test_a_rollout_of_another_client_is_not_overwritten(
+    visit: Visit, server: ConsoleServer, prompt: str, how: str
+) -> None:
+    def rollouts() -> object:
+        return server.admin.get(f"/v1/prompts/{prompt}").json()["rollouts"]
+
+    alias = f"/v1/prompts/{prompt}/aliases/latest"
+    server.admin.put(alias, json={"version": 1, "canaries": {"2": 5}}).raise_for_status()
+    visitor = visit()
+    visitor.watch.allow("status of 409")
+    page = visitor.login(where=f"#/prompts/{prompt}?version=2")
+    card = page.get_by_role("region", name="Rollouts")
+    expect(card).to_contain_text("5% version 2")
+    if how == "change":
+        button(card, "Change the rollout of latest").click()
+        page.get_by_role("dialog").get_by_label("% answered by version 2").fill("50")
+    elif how in ("promote", "roll back"):
+        button(page, how.capitalize()).click()
+        expect(page.get_by_role("dialog")).to_contain_text("5% of its requests")
+    page.route(f"**{alias}*", lambda route: meet(server, alias, route))
+    page.route(f"**{alias}/rollback", lambda route: meet(server, alias, route))
+    if how == "end":
+        button(card, "End the rollout of latest").click()
+    else:
+        names = {"change": "Change the rollout", "promote": "Promote 2 → latest", "roll back": "End the rollout"}
+        button(page.get_by_role("dialog"), names[how]).click()
+    expect(page.get_by_role("alert").first).to_contain_text("not the expected rollout")
+    expect(page.get_by_text("admin changed the rollout of latest: version 2 answers 20%")).not_to_have_count(0)
+    assert rollouts() == {"latest": {"canaries": {"2": 20}, "shadow": None}}
+
+
+def meet(server: ConsoleServer, alias: str, route: Route) -> None:
+    """Another client changes the rollout just before the page's request arrives."""
+    server.admin.put(alias, json={"version": 1, "canaries": {"2": 20}}).raise_for_status()
+    route.continue_()
+
+
 def test_a_rollback_that_ends_canaries_says_that_nothing_moves(
     admin: Page, server: ConsoleServer, prompt: str
 ) -> None:
@@ -298,6 +339,56 @@ def test_every_fault_of_an_upload_is_shown_at_once(visit: Visit, server: Console
     expect(faults.nth(1)).to_contain_text(re.compile("adapter_config.json . token_dim"))
     expect(page.get_by_text("2 faults, nothing was stored")).to_be_visible()
     assert server.admin.get("/v1/prompts/faulty").status_code == 404
+
+
+Tensors = dict[str, "np.ndarray[Any, Any]"]
+
+ROWS = np.ones((12, 192), np.float32)
+FAULTY: dict[str, tuple[dict[str, object], Tensors]] = {
+    "another method": ({"peft_type": "LOHA"}, {}),
+    "no task": ({"task_type": None}, {}),
+    "another task": ({"task_type": "TOKEN_CLS"}, {}),
+    "two submodules": ({"num_transformer_submodules": 2}, {}),
+    "another base model": ({"base_model_name_or_path": "another/base"}, {}),
+    "another number of virtual tokens": ({"num_virtual_tokens": 9}, {}),
+    "another width in the configuration": ({"token_dim": 7}, {}),
+    "another width": ({}, {"prompt_embeddings": np.ones((12, 64), np.float32)}),
+    "no room for a text": ({"num_virtual_tokens": 1024}, {"prompt_embeddings": np.ones((1024, 192), np.float32)}),
+    "a tensor of another method": ({}, {"prefix_task_cols": np.ones((2, 12, 1), np.float32)}),
+    "a copy of the embeddings": ({}, {"base_model.model.model.embed_tokens.weight": ROWS}),
+    "not a number": ({}, {"prompt_embeddings": np.full((12, 192), np.nan, np.float32)}),
+    "infinity": ({}, {"prompt_embeddings": np.full((12, 192), np.inf, np.float32)}),
+    "integers": ({}, {"prompt_embeddings": np.ones((12, 192), np.int32)}),
+    "double precision": ({}, {"prompt_embeddings": np.ones((12, 192), np.float64)}),
+}
+"""Changes of a file's configuration and tensors for each row of the table of docs/soft-prompts.md, and more."""
+
+
+def test_the_page_shows_what_the_server_finds_in_each_faulty_file(
+    visit: Visit, server: ConsoleServer, tmp_path: Path
+) -> None:
+    visitor = visit()
+    visitor.watch.allow("status of 400")
+    page = visitor.login(where="#/upload")
+    config, weights = tmp_path / FILES[0].name, tmp_path / FILES[1].name
+    cases = {
+        name: (
+            json.dumps(json.loads(FILES[0].read_text()) | changes).encode(),
+            save({"prompt_embeddings": ROWS} | more),
+        )
+        for name, (changes, more) in FAULTY.items()
+    }
+    cases |= {"no JSON": (b"{", FILES[1].read_bytes()), "no safetensors": (FILES[0].read_bytes(), b"\x80\x04.")}
+    for name, (text, tensors) in cases.items():
+        config.write_bytes(text)
+        weights.write_bytes(tensors)
+        reply = upload(server.admin, "faulty", text, tensors, dry_run="true")
+        assert reply.status_code == 400, (name, reply.text)
+        found = reply.json()["error"].get("details") or [reply.json()["error"]]
+        page.locator("input[type=file]").set_input_files([config, weights])
+        faults = page.get_by_role("list", name="Faults").get_by_role("listitem")
+        expect(faults).to_contain_text([one["message"] for one in found])
+        assert all(one.get("file") in (config.name, weights.name) for one in found if "file" in one), name
 
 
 def test_a_fault_of_a_field_stands_beside_it(visit: Visit) -> None:

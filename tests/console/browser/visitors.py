@@ -22,6 +22,8 @@ KEYS = {
     "writer": ("w" * 40, ("generate", "prompts:read", "prompts:write")),
     "reader": ("r" * 40, ("prompts:read",)),
     "sender": ("s" * 40, ("generate",)),
+    "pusher": ("p" * 40, ("prompts:write",)),
+    "watcher": ("m" * 40, ("admin",)),
     "leaver": ("l" * 40, ("prompts:read",)),
 }
 """Key and scopes by name; all keys have the tenant acme."""
@@ -104,6 +106,9 @@ class Watch:
             self.foreign.append(url)
 
 
+KEPT = "() => Object.keys({...localStorage, ...sessionStorage}).filter(name => name !== 'prelude-theme')"
+"""What a page stores besides the choice of colours."""
+
 NOT_LOGGED_IN = "status of 401"
 """The browser's message about the first request of a page without a session."""
 
@@ -115,6 +120,13 @@ class Visitor:
     server: ConsoleServer
     context: BrowserContext
     watch: Watch
+
+    def close(self) -> None:
+        """Close the browser, whose pages have stored nothing."""
+        for page in self.context.pages:
+            if page.url.startswith(f"{self.server.url}/console"):
+                assert page.evaluate(KEPT) == []
+        self.context.close()
 
     def page(self, where: str = "") -> Page:
         """Open a view, such as ``#/prompts``."""

@@ -54,6 +54,15 @@ def test_an_alias_moves_and_starts_a_rollout_at_once(rolling: Catalog) -> None:
     assert rolling.revision() == before  # nothing has changed
     with pytest.raises(PromptConflictError):
         rolling.set_alias("p", "latest", 1, 2, rollout=Rollout({2: 50.0}))
+    other = Rollout({2: 50.0})
+    for expected in (NO_ROLLOUT, Rollout({2: 5.0}), Rollout({2: 6.0}, Shadow(3, 10.0))):
+        with pytest.raises(PromptConflictError, match="which is not the expected rollout"):
+            rolling.set_alias("p", "latest", 1, 1, rollout=other, expected_rollout=expected)
+        with pytest.raises(PromptConflictError, match="which is not the expected rollout"):
+            rolling.rollback("p", "latest", 1, expected_rollout=expected)
+    with pytest.raises(PromptConflictError, match="has no rollout, which"):
+        rolling.set_alias("p", "new", 1, None, rollout=other, expected_rollout=CANARY)
+    assert rolling.revision() == before
     with pytest.raises(PromptNotFoundError, match="has no version 4"):
         rolling.set_alias("p", "latest", 1, None, rollout=Rollout({4: 5.0}))
     with pytest.raises(ValueError, match="is the alias's own"):

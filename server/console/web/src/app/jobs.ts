@@ -3,7 +3,7 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import { onEvent, wanted } from "./events";
 import { me } from "./session";
 
-interface Job {
+export interface Job {
   object: string;
   id: string;
 }

@@ -11,10 +11,9 @@ export const me = signal<Me | null | undefined>(undefined);
 /** Why the login is shown. */
 export const loginReason = signal<string | null>(null);
 
-/** The scope that the caller lacks; undefined if it is there. `admin` includes every other. */
+/** The scope that the caller lacks; undefined if it is there. No scope includes another, `admin` neither. */
 export function lacking(scope: Scope): Scope | undefined {
-  const scopes = me.value?.scopes ?? [];
-  return scopes.includes(scope) || scopes.includes("admin") ? undefined : scope;
+  return me.value?.scopes.includes(scope) ? undefined : scope;
 }
 
 /** Find out who uses the page. */

@@ -31,7 +31,7 @@ export function WrongRows({ evaluation }: { evaluation: Evaluation }) {
   const rows = pages.flatMap((page) => page.data);
   const last = pages.at(-1);
   return (
-    <section class="stack" aria-label="Rows that are not right">
+    <section class="stack">
       <h3>
         Rows that are not right
         {evaluation.rows.errors > 0 && (
@@ -84,7 +84,7 @@ export function DifferingRows({ comparison }: { comparison: EvaluationComparison
   const hasText = data.some((row) => row.text);
   const answer = (text: string | null, isRight: boolean) => <Chip kind={isRight ? "ok" : "bad"}>{text ?? (isRight ? "right" : "wrong")}</Chip>;
   return (
-    <section class="stack" aria-label="Rows that only one answers correctly">
+    <section class="stack">
       <h3>Rows that only one answers correctly</h3>
       {data.length === 0 && <p class="dim">None.</p>}
       {data.length > 0 && (

@@ -10,7 +10,7 @@ const SCOPES: [Scope, string][] = [
   ["generate", "use soft prompts"],
   ["prompts:read", "read soft prompts and their history"],
   ["prompts:write", "upload, move and delete them"],
-  ["admin", "all of this for all tenants, metrics and keys"],
+  ["admin", "metrics and keys; with the others: shared soft prompts, and those of all tenants"],
 ];
 const LIMITS: [string, string][] = [
   ["requests_per_minute", "Requests per minute"],

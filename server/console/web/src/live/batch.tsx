@@ -53,16 +53,16 @@ function Legend() {
 }
 
 function GroupRows({ group, size, perCell }: { group: Group; size: number; perCell: number }) {
-  const { class: kind, style } = colourOf(colourName(group.name));
-  const { resident, rows } = group;
-  const label = group.isMine ? (group.name ?? "base model, no soft prompt") : "other tenants";
+  const { resident, rows, names } = group;
+  const { class: kind, style } = colourOf(colourName((resident && names[0]) ?? null));
+  const label = !group.isMine ? "other tenants" : resident ? names.join(", ") || resident.name || "soft prompt" : "base model, no soft prompt";
   const copy = resident && `${plural(resident.blocks, "block")}, one copy for ${plural(rows.length, "row")}`;
   return (
     <div class={`group ${kind}`} style={style} role="group" aria-label={`${label}: ${plural(rows.length, "row")}`}>
       <div class="names">
         {rows.map((row, index) => (
           <span key={index} class="line">
-            <i class="sw" aria-hidden="true" />
+            <Swatch name={colourName(row.name)} />
             <b class="cut">{nameOf(row)}</b>
           </span>
         ))}

@@ -19,10 +19,10 @@ export const REASONS: Record<string, string> = {
   preempted: "it made room for others",
 };
 
-/** The rows that share one soft prompt; `resident` is null for those without. */
+/** The rows that share one soft prompt, whose bytes may have several names; `resident` is null for those without. */
 export interface Group {
   key: string;
-  name: string | null;
+  names: string[];
   isMine: boolean;
   resident: Resident | null;
   rows: Row[];
@@ -35,12 +35,20 @@ export function groupsOf({ rows, soft_prompts }: Engine): Group[] {
     if (row.phase === "waiting") continue;
     const key = row.mine ? String(row.soft_prompt ?? "base") : "other";
     const resident = row.mine && row.soft_prompt !== null ? (soft_prompts[row.soft_prompt] ?? null) : null;
-    const group = groups.get(key) ?? { key, name: resident?.name ?? null, isMine: row.mine, resident, rows: [] };
+    const group = groups.get(key) ?? { key, names: [], isMine: row.mine, resident, rows: [] };
     group.rows.push(row);
+    if (row.mine && row.name !== null && !group.names.includes(row.name)) group.names.push(row.name);
     groups.set(key, group);
   }
   const rank = (group: Group) => (group.resident ? 0 : group.isMine ? 1 : 2);
   return [...groups.values()].sort((one, other) => rank(one) - rank(other) || other.rows.length - one.rows.length || one.key.localeCompare(other.key));
+}
+
+/** The names under which running and waiting sequences use a soft prompt on the device; the last one if none does. */
+export function namesOf({ rows, soft_prompts }: Engine, index: number): string[] {
+  const used = rows.filter((row) => row.mine && row.soft_prompt === index && row.name !== null).map((row) => row.name!);
+  const last = soft_prompts[index]?.name;
+  return used.length > 0 ? [...new Set(used)] : last ? [last] : [];
 }
 
 /** What a row is called. */

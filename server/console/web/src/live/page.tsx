@@ -8,7 +8,7 @@ import { useLoad } from "../ui/load";
 import { Button, Card, Chip, Empty, ErrorNote, Loading, Segments, Swatch } from "../ui/parts";
 import { BatchPicture, BatchTable } from "./batch";
 import { HourCard, Tiles } from "./load";
-import { type Blocks, colourName, type Engine, nameOf, type Point, REASONS, type Stats } from "./model";
+import { type Blocks, colourName, type Engine, nameOf, namesOf, type Point, REASONS, type Stats } from "./model";
 import { PoolCard } from "./pool";
 
 const MAX_POINTS = 360;
@@ -106,7 +106,7 @@ function WaitingCard({ engine }: { engine: Engine }) {
 }
 
 function ResidentCard({ engine }: { engine: Engine }) {
-  const shown = engine.soft_prompts.filter((one) => one.name !== null);
+  const shown = engine.soft_prompts.map((one, index) => ({ ...one, names: namesOf(engine, index) })).filter((one) => one.names.length > 0);
   const others = engine.soft_prompts.length - shown.length;
   return (
     <Card title="Soft prompts on the device" side={<span class="dim3 num">{count(engine.soft_prompts.length)}</span>}>
@@ -115,8 +115,8 @@ function ResidentCard({ engine }: { engine: Engine }) {
         {shown.map((one) => (
           <li key={`${one.name}/${one.task_id}`}>
             <span class="row">
-              <Swatch name={colourName(one.name)} />
-              <b class="any">{one.name}</b>
+              <Swatch name={colourName(one.names[0]!)} />
+              <b class="any">{one.names.join(", ")}</b>
               {one.task_id !== null && <Chip>task {one.task_id}</Chip>}
               <Chip kind={one.state === "used" ? "ok" : ""}>{one.state}</Chip>
               <span class="grow" />

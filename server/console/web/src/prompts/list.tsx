@@ -5,7 +5,7 @@ import type { Prompt, PromptPage as Page } from "../api/types";
 import { useCatalog } from "../app/events";
 import { href, route, setParams } from "../app/router";
 import { returns } from "../app/server";
-import { ago, bytes, count, date, decimals, method } from "../ui/format";
+import { ago, bytes, count, date, decimals, duration, method } from "../ui/format";
 import { Button, Chip, Empty, ErrorNote, Loading, Segments, Swatch } from "../ui/parts";
 import { Tiers } from "./residency";
 
@@ -182,6 +182,9 @@ function Rows({ rows }: { rows: Prompt[] }) {
           <th scope="col" class="wide">Score</th>
           <th scope="col" class="wide">Owner</th>
           <th scope="col" class="right wide">Requests</th>
+          <th scope="col" class="right wide">
+            <abbr title="95% of the requests of the last hour to this server took at most this long, from their arrival to the end of the answer">p95</abbr>
+          </th>
           <th scope="col" class="wide">Where</th>
           <th scope="col" class="right wide">Size</th>
           <th scope="col" class="right wide">Published</th>
@@ -216,7 +219,7 @@ function Row({ prompt }: { prompt: Prompt }) {
         <span class="row">
           {Object.entries(prompt.aliases).map(([alias, version]) => (
             <Chip key={alias} kind={alias === "latest" ? "alias" : ""}>
-              {alias} → {version}
+              {`${alias}\u00a0→\u00a0${version}`}
             </Chip>
           ))}
           {latest.tags.map((tag) => (
@@ -238,6 +241,7 @@ function Row({ prompt }: { prompt: Prompt }) {
       <td class="right wide num">
         {prompt.usage && <span title={prompt.usage.last_used_at === null ? "not used yet" : `last used ${ago(prompt.usage.last_used_at)}`}>{count(prompt.usage.requests)}</span>}
       </td>
+      <td class="right wide num nowrap">{prompt.usage?.p95_seconds != null && duration(prompt.usage.p95_seconds)}</td>
       <td class="wide">{latest.residency && <Tiers residency={latest.residency} />}</td>
       <td class="right wide num nowrap">{bytes(latest.size)}</td>
       <td class="right wide dim nowrap" title={date(latest.created_at)}>

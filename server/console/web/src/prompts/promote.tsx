@@ -1,6 +1,7 @@
 // Moving an alias: forward, and back.
 import { useState } from "preact/hooks";
 import { call, path } from "../api/client";
+import type { Rollout } from "../api/types";
 import { Dialog } from "../ui/dialog";
 import { Button, Chip, Field } from "../ui/parts";
 import { report } from "../ui/toast";
@@ -15,9 +16,9 @@ interface Props {
   onDone: () => void;
 }
 
-/** Point an alias at a version, if it still points at `expected`. */
-function move(name: string, alias: string, version: number, expected: number | undefined, reason: string) {
-  return call("PUT", path`/v1/prompts/${name}/aliases/${alias}`, { version, expected_version: expected ?? null, reason: reason || null });
+/** Point an alias at a version, if it still points at `expected` and has the rollout `seen`, which this ends. */
+function move(name: string, alias: string, version: number, expected: number | undefined, seen: Rollout | undefined, reason: string) {
+  return call("PUT", path`/v1/prompts/${name}/aliases/${alias}`, { version, expected_version: expected ?? null, expected_rollout: seen ?? {}, reason: reason || null });
 }
 
 export function PromoteDialog({ details, version, onClose, onDone }: Props & { version: number }) {
@@ -31,12 +32,12 @@ export function PromoteDialog({ details, version, onClose, onDone }: Props & { v
 
   const promote = () =>
     run(async () => {
-      await move(prompt.id, alias, version, from, reason);
+      await move(prompt.id, alias, version, from, rollout, reason);
       onClose();
       onDone();
       report(`${alias} now points at version ${version}.`, async () => {
         if (from === undefined) await call("DELETE", path`/v1/prompts/${prompt.id}/aliases/${alias}`);
-        else await move(prompt.id, alias, from, version, "undo");
+        else await move(prompt.id, alias, from, version, undefined, "undo");
         report(from === undefined ? `The alias ${alias} is gone again.` : `${alias} points at version ${from} again.`);
         onDone();
       });
@@ -111,11 +112,11 @@ export function RollbackDialog({ details, onClose, onDone }: Props) {
 
   const rollBack = () =>
     run(async () => {
-      const { version } = await call<{ version: number }>("POST", path`/v1/prompts/${prompt.id}/aliases/${alias}/rollback`, { expected_version: from ?? null });
+      const { version } = await call<{ version: number }>("POST", path`/v1/prompts/${prompt.id}/aliases/${alias}/rollback`, { expected_version: from ?? null, expected_rollout: rollout ?? {} });
       onClose();
       onDone();
       report(version === from ? `The rollout of ${alias} has ended; it points at version ${version} as before.` : `${alias} points at version ${version} again.`, async () => {
-        await call("PUT", path`/v1/prompts/${prompt.id}/aliases/${alias}`, { ...rollout, version: from, expected_version: version, reason: "undo" });
+        await call("PUT", path`/v1/prompts/${prompt.id}/aliases/${alias}`, { ...rollout, version: from, expected_version: version, expected_rollout: {}, reason: "undo" });
         report(version === from ? `The rollout of ${alias} goes on.` : `${alias} points at version ${from} once more.`);
         onDone();
       });

@@ -13,9 +13,9 @@ import type { Details } from "./prompt";
 
 const NONE: Rollout = { canaries: {} };
 
-/** Set an alias and its whole rollout, if it still points at `version`. */
-function put(name: string, alias: string, version: number, rollout: Rollout, reason: string) {
-  return call("PUT", path`/v1/prompts/${name}/aliases/${alias}`, { ...rollout, version, expected_version: version, reason: reason || null });
+/** Set the whole rollout of an alias, if it still points at `version` and has the rollout `seen`. */
+function put(name: string, alias: string, version: number, seen: Rollout | undefined, rollout: Rollout, reason: string) {
+  return call("PUT", path`/v1/prompts/${name}/aliases/${alias}`, { ...rollout, version, expected_version: version, expected_rollout: seen ?? NONE, reason: reason || null });
 }
 
 interface CardProps {
@@ -54,10 +54,10 @@ function AliasRollout({ prompt, alias, onOpen, onDone }: CardProps & { alias: st
   const { error, faster, isRunning, run } = useChange(prompt.id, alias);
   const end = () =>
     run(async () => {
-      await put(prompt.id, alias, version, NONE, "");
+      await put(prompt.id, alias, version, rollout, NONE, "");
       onDone();
       report(`The rollout of ${alias} has ended.`, async () => {
-        await put(prompt.id, alias, version, rollout, "undo");
+        await put(prompt.id, alias, version, NONE, rollout, "undo");
         report(`The rollout of ${alias} goes on.`);
         onDone();
       });
@@ -148,23 +148,24 @@ interface DialogProps {
 export function RolloutDialog({ details: { prompt, versions }, alias: first, onClose, onDone }: DialogProps) {
   const aliases = Object.keys(prompt.aliases);
   const [alias, setAlias] = useState(first in prompt.aliases ? first : (aliases.find((one) => !prompt.rollouts[one]) ?? aliases[0] ?? ""));
-  const [shares, setShares] = useState(sharesOf(prompt.rollouts[alias]));
+  // What was typed belongs to the rollout that was there when the dialog was opened, not to one that arrives meanwhile.
+  const [before, setBefore] = useState(prompt.rollouts[alias]);
+  const [shares, setShares] = useState(sharesOf(before));
   const [reason, setReason] = useState("");
   const { error, faster, isRunning, run } = useChange(prompt.id, alias);
   const version = prompt.aliases[alias];
   const others = versions.filter((one) => one.version !== version);
-  const before = prompt.rollouts[alias];
   const wanted = parse(shares, version);
   const blocked = version === undefined ? "No alias can have a rollout." : typeof wanted === "string" ? wanted : isRunning ? "It is being set." : undefined;
   const address = alias === "latest" ? prompt.id : `${prompt.id}@${alias}`;
 
   const start = (rollout: Rollout, from: number) =>
     run(async () => {
-      await put(prompt.id, alias, from, rollout, reason);
+      await put(prompt.id, alias, from, before, rollout, reason);
       onClose();
       onDone();
       report(before ? `The rollout of ${alias} has changed.` : `The rollout of ${alias} has started.`, async () => {
-        await put(prompt.id, alias, from, before ?? NONE, "undo");
+        await put(prompt.id, alias, from, rollout, before ?? NONE, "undo");
         report(before ? `The rollout of ${alias} is as it was.` : `The rollout of ${alias} has ended.`);
         onDone();
       });
@@ -186,6 +187,7 @@ export function RolloutDialog({ details: { prompt, versions }, alias: first, onC
               value={alias}
               onChange={(event) => {
                 setAlias(event.currentTarget.value);
+                setBefore(prompt.rollouts[event.currentTarget.value]);
                 setShares(sharesOf(prompt.rollouts[event.currentTarget.value]));
               }}
             >

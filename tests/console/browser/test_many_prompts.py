@@ -1,0 +1,50 @@
+"""The list of 10,000 soft prompts: search and scrolling; ``benchmarks/console_list.py`` measures them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, expect
+
+from benchmarks.registry_scale import name_of, register
+from prompt_store.open_store import CATALOG_FILE, open_store
+from tests.console.browser.isolated import barriers
+from tests.console.browser.visitors import Watch
+from tests.support.serving import serving
+
+COUNT = 10_000
+
+
+@pytest.fixture
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server without keys whose catalog has the names."""
+    folder = tmp_path_factory.mktemp("many")
+    open_store(folder / "store").close()
+    register(f"sqlite:///{folder / 'store' / CATALOG_FILE}", COUNT)
+    with serving(folder, "--dtype", "float32", "--num-threads", "1") as (client, _):
+        yield str(client.base_url).rstrip("/")
+
+
+def test_the_list_of_10000_names_is_searched_and_scrolled(browser: Browser, url: str) -> None:
+    context = browser.new_context(viewport={"width": 1280, "height": 860})
+    page, watch = context.new_page(), Watch(url)
+    watch.follow(page)
+    page.goto(f"{url}/console")
+    rows = page.locator("tbody tr")
+    expect(rows).to_have_count(100)
+    for index in (COUNT, COUNT // 3, 7):
+        page.get_by_label("Search", exact=True).fill(name_of(index))
+        expect(rows).to_have_count(1)
+        expect(rows).to_contain_text(name_of(index))
+    page.get_by_label("Search", exact=True).fill("")
+    expect(rows).to_have_count(100)
+    for _ in range(5):  # the end of the list reads the next page
+        before = rows.count()
+        page.evaluate("() => scrollTo(0, document.documentElement.scrollHeight)")
+        page.wait_for_function("before => document.querySelectorAll('tbody tr').length >= before + 100", arg=before)
+    names = page.locator("tbody td:first-child a").all_inner_texts()
+    assert names == sorted(set(names))
+    assert barriers(page) == []
+    context.close()
+    watch.check()
