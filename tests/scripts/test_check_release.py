@@ -25,7 +25,8 @@ def copy(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path / name)
     path = tmp_path / "CHANGELOG.md"
     released = path.read_text().replace("## Unreleased\n", "")
-    path.write_text(re.sub(r"^## .*$", f"## {PROJECT['version']} - 2026-11-30", released, count=1, flags=re.MULTILINE))
+    heading = f"## {PROJECT['version']} - 2026-11-30"
+    path.write_text(re.sub(r"^## .*$", heading, released, count=1, flags=re.MULTILINE))
     return tmp_path
 
 
