@@ -17,7 +17,7 @@ from tests.support.vllm_engine import Engine
 pytestmark = [needs_vllm, pytest.mark.timeout(600)]
 
 NUM_QUESTIONS, LONGEST = 48, 200
-MANY, SCARCE = 400, 12
+MANY, SCARCE = 400, 12  # half of it where most layers need blocks for a window alone
 """Blocks of 32 positions of all layers, for sequences of up to 8 blocks each."""
 
 
@@ -51,12 +51,12 @@ NGRAM = {"engine_args": msgspec.json.encode({"speculative_config": SPECULATION})
 CASES = {
     "llama-chunks-preempted": Case("llama", SCARCE, CHUNKS_OF_16),
     "mistral-together-uncached": Case("mistral", MANY, TOGETHER | UNCACHED),
-    "gemma2-chunks-preempted": Case("gemma2", SCARCE, CHUNKS_OF_16),
+    "gemma2-chunks-preempted": Case("gemma2", SCARCE // 2, CHUNKS_OF_16),
     "gemma3-together": Case("gemma3", MANY, TOGETHER),
     "gpt2-preempted": Case("gpt2", SCARCE, {}),
     "qwen3-speculation": Case("qwen3", MANY, NGRAM),
     "llama-two_ranks-together": Case("llama", MANY, TWO_RANKS | TOGETHER),
-    "gemma3-two_ranks-chunks-preempted": Case("gemma3", SCARCE, TWO_RANKS | CHUNKS_OF_16),
+    "gemma3-two_ranks-chunks-preempted": Case("gemma3", SCARCE // 2, TWO_RANKS | CHUNKS_OF_16),
 }
 
 
@@ -70,7 +70,7 @@ def test_all_types_equal_peft_in_one_batch(case: Case, tmp_path: Path) -> None:
         engine.check(asked, salt="a")
         engine.check(others, salt="b")
         stats = engine.engine.stats
-    if case.num_blocks == SCARCE:  # this keeps little, but blocks are given up and taken over all the time
+    if case.num_blocks <= SCARCE:  # this keeps little, but blocks are given up and taken over all the time
         assert stats.num_preemptions > 0
     else:
         assert (stats.prefix_cache_hits > 0) == case.settings.get("enable_prefix_caching", True)
