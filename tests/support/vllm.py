@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from peft import PrefixTuningConfig, TaskType
 from transformers import (
     BloomConfig,
     FalconConfig,
@@ -56,6 +57,7 @@ NARROW: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+FALCON: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 WINDOWS = {**WIDE, **MIXED_WINDOWS, "head_dim": 32}
 VLLM_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**WIDE),
@@ -64,9 +66,8 @@ VLLM_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma2": lambda: Gemma2Config(**{**WINDOWS, "tie_word_embeddings": True}, attn_logit_softcapping=2.0),
     "gemma3": lambda: Gemma3TextConfig(**WINDOWS),
     "bloom": lambda: BloomConfig(hidden_size=128, n_layer=3, n_head=4, **NARROW),
-    "falcon_multi_query": lambda: FalconConfig(
-        hidden_size=128, num_hidden_layers=3, num_attention_heads=4, new_decoder_architecture=False, **NARROW
-    ),
+    "falcon_multi_query": lambda: FalconConfig(**FALCON, **NARROW),
+    "falcon_grouped": lambda: FalconConfig(**FALCON, **NARROW, new_decoder_architecture=True, num_kv_heads=2),
     "gptj": lambda: GPTJConfig(n_positions=CONTEXT, n_embd=128, n_layer=3, n_head=4, rotary_dim=16, **NARROW),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY,
@@ -79,6 +80,16 @@ VLLM_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         eos_token_id=None,
     ),
 }
+FALCON_ROWS = tuple(key for key in ALL_PEFT_CONFIGS if not key.startswith(("prefix", "cartridge")))
+"""PEFT makes prefixes of Falcon for as many heads as there are queries, unless it is told otherwise."""
+
+ONE_HEAD = {
+    "prefix_one_head_13": lambda: PrefixTuningConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=13, num_attention_heads=1, token_dim=32
+    )
+}
+"""For a model with one key/value head of 32."""
+
 assert CONFIGS.keys() <= {*VLLM_CONFIGS, "qwen2"}
 assert MORE_CONFIGS.keys() <= VLLM_CONFIGS.keys()
 
@@ -88,7 +99,7 @@ Question = tuple[str | None, list[int]]
 
 def make_vllm_family(name: str, folder: Path, keys: Sequence[str] = tuple(ALL_PEFT_CONFIGS)) -> Family:
     """A family that vLLM can serve, with a tokenizer; texts are given as token ids."""
-    configs = {key: ALL_PEFT_CONFIGS[key] for key in keys}
+    configs = {key: (ALL_PEFT_CONFIGS | ONE_HEAD)[key] for key in keys}
     family = make_family(name, folder, configs, VLLM_CONFIGS[name]())
     for path in MODEL_DIRECTORY.glob("tokenizer*"):
         shutil.copy(path, family.path)

@@ -2,7 +2,8 @@
 
     python -m tests.support.vllm_refusals FOLDER
 
-prints the outcomes as JSON. FOLDER holds the folders of two models: ``llama``, and ``latent`` with latent attention.
+prints the outcomes as JSON. FOLDER holds the folders of four models: ``llama``, ``latent`` with latent attention,
+``falcon_multi_query`` and ``falcon_grouped``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+
+import msgspec
 
 from server.config import EngineSettings
 from server.engine.vllm.configuration import model_info, vllm_config_of
@@ -35,16 +38,16 @@ def refusal(settings: EngineSettings) -> str:
 
 
 def main() -> None:
-    """Print a refusal for each of SETTINGS, and the capabilities of each model."""
+    """Print a refusal for each of SETTINGS, and a description of each model."""
     folder = Path(sys.argv[1])
     found: dict[str, object] = {
         name: refusal(EngineSettings(model=str(folder / "llama"), engine="vllm", **fields))  # type: ignore[arg-type]
         for name, fields in SETTINGS.items()
     }
-    for name in ("llama", "latent"):
+    for name in ("llama", "latent", "falcon_multi_query", "falcon_grouped"):
         settings = EngineSettings(model=str(folder / name), engine="vllm", dtype="float32")
         model = model_info(settings, vllm_config_of(settings, {}), {})
-        found[f"capabilities_of_{name}"] = model.capabilities
+        found[f"model_of_{name}"] = msgspec.to_builtins(model)
     sys.stdout.write(json.dumps(found) + "\n")
 
 

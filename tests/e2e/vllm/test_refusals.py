@@ -7,11 +7,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from transformers import AutoModelForCausalLM, DeepseekV2Config
 
+from prompt_store.errors import InvalidPromptError
+from server.engine.types import ModelInfo
 from server.errors import EngineStartError
-from tests.support.engine.harness import SHAPE, Family
+from tests.support.engine.harness import SHAPE, Family, uploaded
 from tests.support.serving import serving
 from tests.support.vllm import PYTHON, make_vllm_family, needs_vllm
 from tests.support.vllm_engine import Engine
@@ -44,11 +47,18 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 
 @pytest.fixture(scope="module")
-def outcomes(latent: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def falcons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
+    """Models with fewer key/value heads than PEFT's prefixes for them, each with such a prefix."""
+    names = ("falcon_multi_query", "falcon_grouped")
+    return {name: make_vllm_family(name, tmp_path_factory.mktemp(name), ("prefix_13",)) for name in names}
+
+
+@pytest.fixture(scope="module")
+def outcomes(latent: Family, falcons: dict[str, Family], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What ``tests/support/vllm_refusals.py`` prints."""
     folder = tmp_path_factory.mktemp("models")
-    family = make_vllm_family("llama", folder, ())
-    (folder / "llama").symlink_to(family.path)
+    for name, family in {"llama": make_vllm_family("llama", folder, ()), **falcons}.items():
+        (folder / name).symlink_to(family.path)
     (folder / "latent").symlink_to(latent.path)
     command = [PYTHON, "-m", "tests.support.vllm_refusals", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -74,14 +84,28 @@ def test_settings_are_refused_in_words(outcomes: dict[str, Any], name: str, word
 
 def test_latent_attention_has_no_soft_prompts_of_keys_and_values(outcomes: dict[str, Any]) -> None:
     """The words of the refusal are tested with the capabilities: ``tests/engine/process/test_capabilities.py``."""
-    assert "key_values" in outcomes["capabilities_of_llama"]
-    assert "key_values" not in outcomes["capabilities_of_latent"]
+    assert "key_values" in outcomes["model_of_llama"]["capabilities"]
+    assert "key_values" not in outcomes["model_of_latent"]["capabilities"]
+
+
+@pytest.mark.parametrize(("name", "num_heads"), [("falcon_multi_query", 1), ("falcon_grouped", 2)])
+def test_prefixes_for_more_heads_than_the_cache_has_are_refused_at_upload(
+    outcomes: dict[str, Any], falcons: dict[str, Family], name: str, num_heads: int
+) -> None:
+    model = msgspec.convert(outcomes[f"model_of_{name}"], ModelInfo)
+    with pytest.raises(InvalidPromptError) as caught:
+        uploaded(falcons[name].peft_folders["prefix_13"], model)
+    (fault,) = caught.value.faults
+    assert fault.code == "shape_mismatch"
+    assert "trained for other key/value heads" in fault.message
+    assert f"3 layers x 2 x {num_heads} key/value heads x head_dim 32" in fault.message
 
 
 def test_latent_attention_is_refused_at_start_where_vllm_ignores_what_is_loaded(latent: Family) -> None:
-    """So it is on CPUs."""
+    """So it is on CPUs without AMX; for those with it, vLLM has other code, which needs bfloat16."""
+    plain = json.dumps({"attention_backend": "CPU_MLA"})
     with pytest.raises(EngineStartError, match="vLLM does not use loaded keys and values of DeepseekV2ForCausalLM"):
-        Engine(latent, 2**20, kv_cache_memory=64 * 2**20)
+        Engine(latent, 2**20, kv_cache_memory=64 * 2**20, engine_args=plain)
 
 
 def test_a_server_says_why_it_does_not_start(tmp_path: Path) -> None:

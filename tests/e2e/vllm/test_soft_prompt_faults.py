@@ -222,6 +222,9 @@ def test_cached_blocks_are_kept_apart_by_soft_prompt_and_tenant(engine: Engine, 
     rows = load_file(reversed_rows.path)[ROWS_TENSOR]
     save_file({ROWS_TENSOR: rows.flip(0).contiguous()}, reversed_rows.path)
     alone = engine.run(engine.ask(reversed_rows, text, salt="alone"))
+    # Otherwise a mix-up would not be seen.
+    answers = [alone, family.expected(key, text, MAX_TOKENS), family.expected(None, like_it, MAX_TOKENS)]
+    assert len(set(map(tuple, answers))) == 3
     for _ in range(2):
         assert engine.run(engine.ask(family.soft_prompts[key], text)) == family.expected(key, text, MAX_TOKENS)
         assert engine.run(engine.ask(None, like_it)) == family.expected(None, like_it, MAX_TOKENS)

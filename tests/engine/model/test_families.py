@@ -63,7 +63,7 @@ def test_everything_in_one_batch_equals_peft(
 ) -> None:
     family, requests = family_of(name)
     engine = make_engine(family, **SETTINGS[settings])
-    check_that_the_store_takes_them(family, engine)
+    check_that_the_store_takes_them(family, engine.model)
     for source in family.soft_prompts.values():  # loaded first, so that all are in one batch
         add(engine, f"warm-{source.identity}", [1], greedy(1), soft_prompt=source)
     run(engine)

@@ -83,7 +83,7 @@ def test_a_mixed_batch_equals_peft(name: str, tmp_path: Path, make_engine: Calla
     family, rng = make_family(name, tmp_path, peft_configs, config), random.Random(name)
     shared = [rng.randrange(VOCABULARY) for _ in range(14)]
     engine = make_engine(family, **SMALL_BLOCKS)
-    check_that_the_store_takes_them(family, engine)
+    check_that_the_store_takes_them(family, engine.model)
     expected = {}
     for soft_prompt, source in [*family.soft_prompts.items(), (None, None)]:
         text = shared + [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 12))]

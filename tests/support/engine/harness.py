@@ -43,6 +43,7 @@ from server.engine.types import (
     GenerateRequest,
     Logprobs,
     Member,
+    ModelInfo,
     RequestFailure,
     SamplingParams,
     SoftPromptSource,
@@ -235,10 +236,14 @@ def _train(peft_model: Any, key: str) -> None:
             encoder.transform[-1].weight.mul_(10)
 
 
-def check_that_the_store_takes_them(family: Family, engine: LLMEngine) -> None:
-    model = engine.model
+def uploaded(folder: Path, model: ModelInfo) -> SoftPrompt:
+    """What the store makes of a folder that PEFT has written, for this model.
+
+    Raises:
+        InvalidPromptError: If an upload would be refused.
+    """
     base = BaseModelSpec(
-        name=family.name,
+        name="base",
         embedding_width=model.embedding_width,
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
@@ -247,10 +252,16 @@ def check_that_the_store_takes_them(family: Family, engine: LLMEngine) -> None:
         dtype=model.dtype,
         hidden_size=model.hidden_size,
     )
+    config, weights = (folder / "adapter_config.json").read_bytes(), folder / "adapter_model.safetensors"
+    prompt = validate(config, weights, base, require_same_base=False)
+    assert isinstance(prompt, SoftPrompt)
+    return prompt
+
+
+def check_that_the_store_takes_them(family: Family, model: ModelInfo) -> None:
     for key, folder in family.peft_folders.items():
         weights = folder / "adapter_model.safetensors"
-        prompt = validate((folder / "adapter_config.json").read_bytes(), weights, base, require_same_base=False)
-        assert isinstance(prompt, SoftPrompt)
+        prompt = uploaded(folder, model)
         sources = [source for source in family.soft_prompts.values() if source.path == str(weights)]
         assert {(source.num_virtual_tokens, source.is_key_values) for source in sources} == {
             (prompt.num_virtual_tokens, prompt.peft_type.is_key_values)
