@@ -285,6 +285,12 @@ FLAGS = (
         Path | None,
         "File with a secret that makes logins of the console valid on all servers that have it.",
     ),
+    _flag(
+        HttpSettings,
+        "ingress_secret_file",
+        Path | None,
+        "File with the secret of a cluster's ingress; only requests that it has signed are served.",
+    ),
     _flag(HttpSettings, "allow_open", bool, "Serve without API keys on an address that other machines can reach."),
     _flag(HttpSettings, "open_metrics", bool, "Serve /metrics without an API key."),
     _flag(
@@ -335,6 +341,7 @@ FLAGS = (
     _flag(
         Settings, "otlp_traces_endpoint", str | None, "URL to send OTLP traces to, over HTTP; they contain no text."
     ),
+    _flag(Settings, "replica_name", str | None, "Name of this server among the replicas of a cluster, in its log."),
 )
 """All flags of ``serve``."""
 
@@ -395,7 +402,7 @@ def _root(
 @with_flags(FLAGS)
 def serve(context: typer.Context, **values: Any) -> None:
     """Serve a model and its soft prompts until SIGTERM or Ctrl-C."""
-    logs.configure(values["log_level"], values["log_format"])
+    logs.configure(values["log_level"], values["log_format"], replica=values["replica_name"])
     display = StartDisplay(terminal_for_log(values))
     with _errors_on_one_line(values["log_format"]), display:
         settings = settings_from(values)
