@@ -138,8 +138,8 @@ class HttpSettings:
         api_keys: API keys without a file; each has all permissions.
         session_secret_file: A secret of at least 32 bytes, the same on all servers behind one address; the console's
             sessions are then valid on all of them. None: each server keeps its sessions.
-        ingress_secret_file: A secret of at least 32 bytes, shared with the ingress of a cluster: only requests that the
-            ingress has signed are served. None: the server is no replica of a cluster.
+        ingress_secret_file: A secret of at least 32 bytes, shared with the ingress of a cluster: only requests that
+            the ingress has signed are served. None: the server is no replica of a cluster.
         allow_open: Whether to serve without keys on an address that other machines can reach.
         open_metrics: Whether ``/metrics`` needs no key.
         allow_origin: Origins (``scheme://host:port``) whose pages may call the server.

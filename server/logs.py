@@ -112,8 +112,10 @@ def variables() -> dict[str, str]:
     """Environment variables that make a child process log as this process does."""
     level = logging.getLevelName(logging.getLogger().level)
     found = {LEVEL_VARIABLE: level, FORMAT_VARIABLE: "json" if is_json() else "text"}
-    names = [handler.replica for handler in logging.getLogger().handlers if isinstance(handler, _StandardError)]
-    return found | {REPLICA_VARIABLE: name for name in names if name is not None}
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _StandardError) and handler.replica is not None:
+            found[REPLICA_VARIABLE] = handler.replica
+    return found
 
 
 def configure_from_variables(process: str) -> None:

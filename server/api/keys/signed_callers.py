@@ -1,7 +1,7 @@
 """Callers that the ingress of a cluster has authenticated, in a signed header.
 
-The ingress checks an API key once. The replica gets the name of the key, signed with a secret that ingress and replicas
-share, and looks the caller up in its own key file. So the secret alone gives nobody a scope that no key has.
+The ingress checks an API key once. The replica gets the name of the key, signed with a secret that ingress and
+replicas share, and looks the caller up in its own key file. So the secret gives no scope that no key has.
 """
 
 from __future__ import annotations
