@@ -24,6 +24,7 @@ from server.client.bulk import command as bulk
 from server.client.evaluation import command as evaluation
 from server.client.importers import command as importers
 from server.client.registry import canary, edit, history, prune, transfer
+from server.cluster import command as cluster
 from server.command_line import store_commands
 from server.command_line.flags import Flag, GroupedHelp, parse_bytes, parse_fraction, with_flags
 from server.command_line.starting import OWN_PROCESS, real_exhibit, started_early, terminal_for_log
@@ -473,6 +474,7 @@ def key(
 for module in (commands, canary, edit, history, prune, transfer, bulk, doctor, evaluation, importers, training):
     app.add_typer(module.app)
 app.add_typer(store_commands.app)
+app.add_typer(cluster.app)
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from prompt_store.types import Access
 from server.api.errors import describe
 from server.api.http.answers import PROTECTIVE_HEADERS
 from server.api.http.disconnect import CLIENT_CLOSED_REQUEST, ClientDisconnected
