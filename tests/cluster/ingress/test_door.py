@@ -20,6 +20,7 @@ from server.cluster.ingress.replicas import Address, SharedFleet, Wish
 from server.cluster.ingress.resolver import Resolver
 from server.cluster.ingress.upstream import http_session
 from server.cluster.routing.ranking import ReplicaRanking
+from tests.support.waiting import until
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SIGNER = CallerSigner(b"s" * 32)
@@ -241,8 +242,7 @@ def test_a_client_that_goes_ends_the_request_at_the_replica() -> None:
         async with door(endless) as there:
             client = there.client()
             asking = asyncio.create_task(client.ask("/v1/completions", b"{}"))
-            while len(client.chunks) < 3:
-                await asyncio.sleep(0.01)
+            await until(lambda: len(client.chunks) >= 3)
             client.leaves.set()
             await asyncio.wait_for(ended.wait(), 5)
             await asking
