@@ -27,13 +27,13 @@ from server.api.keys.secret_file import read_secret
 from server.api.keys.signed_callers import CallerSigner
 from server.cluster.config import ClusterConfig
 from server.cluster.ingress.app import Door, DoorSettings
+from server.cluster.ingress.known_fleets import addresses_of, fleet_of
 from server.cluster.ingress.replicas import Address, SharedFleet, Wish, no_replica
 from server.cluster.ingress.resolver import CatalogNames, Resolver
 from server.cluster.ingress.upstream import http_session
 from server.cluster.replica.arguments import app_name, environment_of, secrets_of, serve_arguments
 from server.cluster.replica.process import Place, Report, ServerProcess
 from server.cluster.routing.ranking import ReplicaRanking, short
-from server.cluster.serving.router import addresses_of, fleet_of
 from server.errors import EngineStartError, NotFoundError
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,6 @@ class ServeReplicas:
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         routing = config.routing
         self._ranking = ReplicaRanking(balance=routing.balance, patience=routing.patience, floor=routing.floor)
-        self._empty: dict[str, SharedFleet] = {}
 
     @asynccontextmanager
     async def choose(self, base: str, wish: Wish) -> AsyncIterator[Address]:
@@ -225,8 +224,7 @@ class ServeReplicas:
 
     def fleet(self, base: str) -> SharedFleet:
         """What is known of the replicas of a base."""
-        found = fleet_of(base)
-        return found if found is not None else self._empty.setdefault(base, SharedFleet(self._ranking))
+        return fleet_of(base, lambda: SharedFleet(self._ranking))
 
     def _handle(self, base: str) -> DeploymentHandle[Any]:
         if base not in self._handles:

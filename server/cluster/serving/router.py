@@ -6,33 +6,21 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from server.cluster.ingress.known_fleets import fleet_of, set_addresses
 from server.cluster.ingress.replicas import Address, SharedFleet, Wish
 from server.cluster.routing.ranking import ReplicaRanking
-
-_fleets: dict[str, SharedFleet] = {}
-_addresses: dict[str, list[Address]] = {}
-
-
-def fleet_of(base: str) -> SharedFleet | None:
-    """What this process knows of the replicas of a base; None before its router has been made."""
-    return _fleets.get(base)
-
-
-def addresses_of(base: str) -> list[Address]:
-    """The replicas of a base that run, as the router of this process knows them."""
-    return list(_addresses.get(base, ()))
 
 
 class SoftPromptRouter(RequestRouter):
     """Chooses by ``server.cluster.routing``, from the replicas' reports and from what this process sent them.
 
-    A handle is asked with a ``Wish``. The process of the door reads the same state by ``fleet_of``.
+    A handle is asked with a ``Wish``. The door of the same process reads the same state.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
         """Take the settings of ``RequestRouterConfig.request_router_kwargs``."""
         ranking = ReplicaRanking(balance=kwargs["balance"], patience=kwargs["patience"], floor=kwargs["floor"])
-        self._fleet = _fleets.setdefault(kwargs["base"], SharedFleet(ranking))
+        self._fleet = fleet_of(str(kwargs["base"]), lambda: SharedFleet(ranking))
         self._by_name: dict[str, RunningReplica] = {}
         self._base = str(kwargs["base"])
 
@@ -55,7 +43,8 @@ class SoftPromptRouter(RequestRouter):
         self._by_name = named
         metadata = {name: replica.replica_metadata for name, replica in named.items()}
         self._fleet.update({name: int(one["capacity"]) for name, one in metadata.items()})
-        _addresses[self._base] = [Address(name, str(one["url"])) for name, one in sorted(metadata.items())]
+        addresses = [Address(name, str(one["url"])) for name, one in sorted(metadata.items())]
+        set_addresses(self._base, addresses)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
