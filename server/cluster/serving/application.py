@@ -95,6 +95,7 @@ def ingress_application(config: ClusterConfig) -> Application:
         Ingress,
         name="ingress",
         num_replicas=config.ingresses,
+        max_surge_percent=100,  # a new door listens beside the old one before that closes
         max_replicas_per_node=None if config.ingresses == 1 else 1,
         ray_actor_options={"num_cpus": 0, "resources": resources},
         health_check_period_s=_HEALTH_SECONDS,

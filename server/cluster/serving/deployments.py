@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import logging.handlers
 import os
 import socket
 import time
@@ -118,6 +119,7 @@ class Ingress:
 
     async def __init__(self, config: ClusterConfig) -> None:
         logs.configure(config.log_level, "json" if config.log_format == "json" else "text", replica="ingress")
+        _log_to_file(config)
         self._stack = AsyncExitStack()
         secrets = secrets_of(config)
         self._keys = None if config.api_key_file is None else ApiKeys(read_keys(config.api_key_file))
@@ -240,6 +242,16 @@ def _address(metadata: dict[str, Any]) -> Address:
 
 def _digests(report: Report) -> dict[str, list[str]]:
     return {"device": [short(digest) for digest in report.device], "disk": [short(one) for one in report.disk]}
+
+
+def _log_to_file(config: ClusterConfig) -> None:
+    """Write this process's log beside those of the replicas, too."""
+    path = config.directory / "logs" / "ingress.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    root = logging.getLogger()
+    handler = logging.handlers.WatchedFileHandler(path)
+    handler.setFormatter(root.handlers[0].formatter)
+    root.addHandler(handler)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -112,6 +112,7 @@ def down(config: ClusterConfig, say: Callable[[str], None]) -> bool:
 
 
 def _connect(config: ClusterConfig, state: State) -> None:
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if not ray.is_initialized():
         try:
             ray.init(
@@ -148,7 +149,10 @@ def _status_of(name: str, found: Any) -> ApplicationStatus:
 def _digest(config: ClusterConfig, one: Base | None) -> str:
     """Tells what an application is deployed with; that of a base does not depend on the other bases."""
     part = config.model_dump(mode="json")
-    if one is not None:
+    if one is None:
+        # What else the bases are served with does not concern the doors, which go on.
+        part["bases"] = [[base.name, base.shared_catalog, base.scaling.min] for base in config.bases]
+    else:
         door = ("bases", "host", "port", "ingresses", "ingress_resource", "open_metrics", "allowed_host")
         part = {name: value for name, value in part.items() if name not in door}
         part["base"] = one.model_dump(mode="json")
