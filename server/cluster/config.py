@@ -82,6 +82,7 @@ class Base(_Section):
         gpus: GPUs of a replica.
         flags: Further flags of ``prelude serve``, without the dashes; a list repeats one.
         environment: Further environment variables.
+        surge_percent: Replicas that an update starts before it stops old ones, of their number; 0: one stops first.
         start_seconds: Maximum time from the start of a replica until it is ready.
     """
 
@@ -94,6 +95,7 @@ class Base(_Section):
     gpus: Annotated[float, Field(ge=0)] = 0.0
     flags: dict[str, bool | int | float | str | list[str]] = {}
     environment: Annotated[dict[str, str], Field(repr=False)] = {}
+    surge_percent: Annotated[int, Field(ge=0, le=100)] = 0
     start_seconds: Annotated[float, Field(gt=0)] = 1200.0
 
     @field_validator("name")

@@ -70,6 +70,7 @@ def base_application(config: ClusterConfig, one: Base) -> Application:
         ray_actor_options={"num_cpus": one.cpus, "num_gpus": one.gpus},
         health_check_period_s=_HEALTH_SECONDS,
         health_check_timeout_s=15.0,
+        max_surge_percent=one.surge_percent,
         graceful_shutdown_wait_loop_s=1.0,
         graceful_shutdown_timeout_s=config.drain_seconds + _STOP_SECONDS,
         request_router_config=RequestRouterConfig(
@@ -95,7 +96,8 @@ def ingress_application(config: ClusterConfig) -> Application:
         Ingress,
         name="ingress",
         num_replicas=config.ingresses,
-        max_surge_percent=100,  # a new door listens beside the old one before that closes
+        # On one machine a new door listens beside the old one before that closes.
+        max_surge_percent=100 if config.ingresses == 1 else 0,
         max_replicas_per_node=None if config.ingresses == 1 else 1,
         ray_actor_options={"num_cpus": 0, "resources": resources},
         health_check_period_s=_HEALTH_SECONDS,

@@ -162,7 +162,7 @@ def _digest(config: ClusterConfig, one: Base | None) -> str:
 
 def _num_cpus(config: ClusterConfig) -> int:
     """Processors that Ray may reserve: those that there are, or what all replicas ask for."""
-    needed = sum(base.scaling.max * base.cpus for base in config.bases)
+    needed = sum(base.scaling.max * base.cpus * (1 + base.surge_percent / 100) for base in config.bases)
     return max(os.cpu_count() or 1, math.ceil(needed) + 1)
 
 
