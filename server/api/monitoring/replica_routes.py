@@ -34,7 +34,7 @@ class ReplicaBody(msgspec.Struct, kw_only=True):
 
 
 @router.get("/replica", response_class=Response)
-@Operation(scopes={Scope.ADMIN}, reply=ReplicaBody)
+@Operation(scopes={Scope.ADMIN}, is_probe=True, reply=ReplicaBody)
 async def get_replica(services: ServicesDep) -> Response:
     """Get the load of this server and the digests of what it holds, of all tenants; the ingress of a cluster asks."""
     services.require_ready()
