@@ -248,3 +248,17 @@ def test_a_change_of_the_flags_under_load_fails_no_request(cluster: Cluster) -> 
     after = {name: cluster.server(name).pid for name in NAMES}
     assert not set(before.values()) & set(after.values())
     assert cluster.client.get("/v1/server").json()["limits"]["max_num_seqs"] == 32
+
+
+def test_replicas_come_and_go_with_the_load(cluster: Cluster) -> None:
+    bases = cluster.config["bases"]
+    assert isinstance(bases, list)
+    bases[0]["replicas"] = {"min": 1, "max": 3, "sequences": 2, "up_seconds": 1, "down_seconds": 4}
+    changed = cluster.run("up")
+    assert changed.returncode == 0, changed.stderr + logs(cluster.folder)
+    wait_until(lambda: len(cluster.replicas()) == 1, 120, pause=0.5)
+    with load(cluster, threads=1) as lasting:
+        with load(cluster, BASE, threads=12) as seen:
+            wait_until(lambda: len(cluster.replicas()) == 3, 180, pause=0.5)
+        wait_until(lambda: len(cluster.replicas()) == 1, 120, pause=0.5)
+    assert seen.failures == lasting.failures == []

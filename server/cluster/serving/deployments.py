@@ -51,7 +51,9 @@ class Replica:
         base: Name of the base that it serves.
     """
 
-    async def __init__(self, config: ClusterConfig, base: str) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, config: ClusterConfig, base: str
+    ) -> None:
         self._config = config
         self._base = next(one for one in config.bases if one.name == base)
         is_local = config.ray_address is None
@@ -117,7 +119,7 @@ class Ingress:
         config: The cluster.
     """
 
-    async def __init__(self, config: ClusterConfig) -> None:
+    async def __init__(self, config: ClusterConfig) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         logs.configure(config.log_level, "json" if config.log_format == "json" else "text", replica="ingress")
         _log_to_file(config)
         self._stack = AsyncExitStack()
