@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 CLIENTS := .venv-clients
 CLIENTS_INSTALLED := $(CLIENTS)/.installed
 
-.PHONY: install demo test test-quick test-console test-clients test-vllm check bench bench-vllm fuzz format docs console console-check build-demo wheel check-wheel sbom secrets clean
+.PHONY: install demo test test-quick test-console test-clients test-cluster test-vllm check bench bench-vllm fuzz format docs console console-check build-demo wheel check-wheel sbom secrets clean
 
 install: $(INSTALLED)
 
@@ -45,6 +45,11 @@ test-quick: install
 test-vllm: install .venv-vllm/.installed
 	PRELUDE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest --numprocesses $(WORKERS) \
 		--dist loadfile --no-loadscope-reorder tests/engine/vllm tests/e2e/vllm $(ARGS)
+
+# Replicas on Ray Serve; installs Ray first.
+test-cluster: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cluster]'
+	$(BIN)/python -m pytest tests/cluster $(ARGS)
 
 # Clients that others wrote, in an environment of their own: they do not all go with this project's dependencies.
 test-clients: install $(CLIENTS_INSTALLED)

@@ -51,8 +51,8 @@ from server.api.inference.request_record import log_request, record_of
 from server.api.keys.keys import ApiKeys, KeyReloader, is_loopback, load_keys
 from server.api.keys.sessions import open_sessions
 from server.api.middleware_stack import middleware_stack
+from server.api.monitoring import replica_routes, server_routes
 from server.api.monitoring import routes as monitoring
-from server.api.monitoring import server_routes
 from server.api.openapi import describe_api
 from server.api.operations import ANY_KEY, Operation, Operations, matched
 from server.api.prompts import edits, history, inspection, lora_routes, models, transfer, usage
@@ -79,7 +79,7 @@ from server.tracing import RequestTracer
 logger = logging.getLogger(__name__)
 
 _REGISTRY = (prompts, comparison, inspection, edits, history, transfer, usage, lora_routes)
-_MONITORING = (server_routes, monitoring, console, keys_routes)
+_MONITORING = (server_routes, replica_routes, monitoring, console, keys_routes)
 _MODULES = (
     ops,
     models,

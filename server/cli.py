@@ -24,6 +24,7 @@ from server.client.bulk import command as bulk
 from server.client.evaluation import command as evaluation
 from server.client.importers import command as importers
 from server.client.registry import canary, edit, history, prune, transfer
+from server.cluster import command as cluster
 from server.command_line import store_commands
 from server.command_line.flags import Flag, GroupedHelp, parse_bytes, parse_fraction, with_flags
 from server.command_line.starting import OWN_PROCESS, real_exhibit, started_early, terminal_for_log
@@ -285,6 +286,12 @@ FLAGS = (
         Path | None,
         "File with a secret that makes logins of the console valid on all servers that have it.",
     ),
+    _flag(
+        HttpSettings,
+        "ingress_secret_file",
+        Path | None,
+        "File with the secret of a cluster's ingress; only requests that it has signed are served.",
+    ),
     _flag(HttpSettings, "allow_open", bool, "Serve without API keys on an address that other machines can reach."),
     _flag(HttpSettings, "open_metrics", bool, "Serve /metrics without an API key."),
     _flag(
@@ -335,6 +342,7 @@ FLAGS = (
     _flag(
         Settings, "otlp_traces_endpoint", str | None, "URL to send OTLP traces to, over HTTP; they contain no text."
     ),
+    _flag(Settings, "replica_name", str | None, "Name of this server among the replicas of a cluster, in its log."),
 )
 """All flags of ``serve``."""
 
@@ -395,7 +403,7 @@ def _root(
 @with_flags(FLAGS)
 def serve(context: typer.Context, **values: Any) -> None:
     """Serve a model and its soft prompts until SIGTERM or Ctrl-C."""
-    logs.configure(values["log_level"], values["log_format"])
+    logs.configure(values["log_level"], values["log_format"], replica=values["replica_name"])
     display = StartDisplay(terminal_for_log(values))
     with _errors_on_one_line(values["log_format"]), display:
         settings = settings_from(values)
@@ -466,6 +474,7 @@ def key(
 for module in (commands, canary, edit, history, prune, transfer, bulk, doctor, evaluation, importers, training):
     app.add_typer(module.app)
 app.add_typer(store_commands.app)
+app.add_typer(cluster.app)
 
 
 def main() -> None:

@@ -131,13 +131,15 @@ class HttpSettings:
     """Settings of the HTTP server; sizes are in bytes, times in seconds.
 
     Attributes:
-        host: Address to bind; anything but loopback needs keys, or ``allow_open``.
+        host: Address to bind; anything but loopback needs keys, an ingress, or ``allow_open``.
         port: TCP port; 0 picks a free one.
         api_key_file: API keys: one per line, or TOML or JSON with tenants and scopes (docs/security.md). Without keys
             every client is served.
         api_keys: API keys without a file; each has all permissions.
         session_secret_file: A secret of at least 32 bytes, the same on all servers behind one address; the console's
             sessions are then valid on all of them. None: each server keeps its sessions.
+        ingress_secret_file: A secret of at least 32 bytes, shared with the ingress of a cluster: only requests that
+            the ingress has signed are served. None: the server is no replica of a cluster.
         allow_open: Whether to serve without keys on an address that other machines can reach.
         open_metrics: Whether ``/metrics`` needs no key.
         allow_origin: Origins (``scheme://host:port``) whose pages may call the server.
@@ -161,6 +163,7 @@ class HttpSettings:
     api_key_file: Path | None = None
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     session_secret_file: Path | None = None
+    ingress_secret_file: Path | None = None
     allow_open: bool = False
     open_metrics: bool = False
     allow_origin: tuple[str, ...] = ()
@@ -187,6 +190,7 @@ class Settings:
         log_level: Python's level name.
         log_format: ``text``, or ``json`` for one JSON object per line.
         otlp_traces_endpoint: URL for OTLP traces over HTTP; None sends none.
+        replica_name: Name of this server among the replicas of a cluster, in its log; None: it has none.
     """
 
     engine: EngineSettings
@@ -196,3 +200,4 @@ class Settings:
     log_level: str = "INFO"
     log_format: LogFormat = "text"
     otlp_traces_endpoint: str | None = None
+    replica_name: str | None = None

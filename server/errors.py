@@ -11,6 +11,7 @@ ServerError
 ├── PermissionDeniedError    the API key lacks a scope
 ├── CrossOriginError         a web page of another origin sent the request
 ├── MisdirectedRequestError  the Host header names another server
+├── NotFromIngressError      a replica of a cluster was asked without its ingress
 ├── RateLimitError           the API key exceeds one of its limits
 ├── PinBudgetError           pinned soft prompts would exceed their host memory
 ├── NotFoundError
@@ -102,6 +103,10 @@ class CrossOriginError(ServerError):
 
 class MisdirectedRequestError(ServerError):
     """The Host header names another server."""
+
+
+class NotFromIngressError(ServerError):
+    """A replica of a cluster got a request that its ingress has not signed."""
 
 
 class RateLimitError(ServerError):

@@ -18,6 +18,7 @@ FIELDS = "fields"
 
 LEVEL_VARIABLE = "PRELUDE_LOG_LEVEL"
 FORMAT_VARIABLE = "PRELUDE_LOG_FORMAT"
+REPLICA_VARIABLE = "PRELUDE_REPLICA_NAME"
 
 _LIBRARIES = ("transformers", "huggingface_hub")
 """Libraries that install their own handlers, which would write lines in another format, or twice."""
@@ -29,7 +30,15 @@ logger = logging.getLogger(__name__)
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: ``time`` (UTC), ``level``, ``logger``, ``pid``, ``message``, and the ``FIELDS``."""
+    """One JSON object per line: ``time`` (UTC), ``level``, ``logger``, ``pid``, ``message``, and the ``FIELDS``.
+
+    Args:
+        replica: Value of the field ``replica``; None leaves it out.
+    """
+
+    def __init__(self, replica: str | None = None) -> None:
+        super().__init__()
+        self.replica = replica
 
     def format(self, record: logging.LogRecord) -> str:
         """Format a record as JSON."""
@@ -40,6 +49,8 @@ class JsonFormatter(logging.Formatter):
             "pid": record.process,
             "message": record.getMessage(),
         }
+        if self.replica is not None:
+            line["replica"] = self.replica
         fields = getattr(record, FIELDS, None)
         if isinstance(fields, Mapping):
             line |= fields
@@ -51,7 +62,13 @@ class JsonFormatter(logging.Formatter):
 
 
 class _StandardError(logging.StreamHandler[TextIO]):
-    """Writes to ``sys.stderr`` as it is when a line is written, because a progress display replaces it."""
+    """Writes to ``sys.stderr`` as it is when a line is written, because a progress display replaces it.
+
+    Attributes:
+        replica: Name of the server among the replicas of a cluster, if it has one.
+    """
+
+    replica: str | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
@@ -59,21 +76,23 @@ class _StandardError(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
-def configure(level: str, form: LogFormat, *, process: str = "") -> None:
+def configure(level: str, form: LogFormat, *, process: str = "", replica: str | None = None) -> None:
     """Log to standard error.
 
     Args:
         level: Python's level name.
         form: Format of a line.
         process: Name of the process in text lines.
+        replica: Name of the server among the replicas of a cluster, in every line; None: it has none.
     """
     handler = _StandardError()
     if form == "json":
-        handler.setFormatter(JsonFormatter())
+        handler.setFormatter(JsonFormatter(replica))
         sys.excepthook = _log_crash
     else:
-        mark = f"{process} " if process else ""
+        mark = "".join(f"{name} " for name in (replica, process) if name)
         handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {mark}%(name)s: %(message)s"))
+    handler.replica = replica
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(capture=form == "json")
     for name in _LIBRARIES:
@@ -92,13 +111,18 @@ def is_json() -> bool:
 def variables() -> dict[str, str]:
     """Environment variables that make a child process log as this process does."""
     level = logging.getLevelName(logging.getLogger().level)
-    return {LEVEL_VARIABLE: level, FORMAT_VARIABLE: "json" if is_json() else "text"}
+    found = {LEVEL_VARIABLE: level, FORMAT_VARIABLE: "json" if is_json() else "text"}
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _StandardError) and handler.replica is not None:
+            found[REPLICA_VARIABLE] = handler.replica
+    return found
 
 
 def configure_from_variables(process: str) -> None:
     """Log as the parent process does; see ``variables``."""
     form: LogFormat = "json" if os.environ.get(FORMAT_VARIABLE) == "json" else "text"
-    configure(os.environ.get(LEVEL_VARIABLE, "INFO"), form, process=process)
+    replica = os.environ.get(REPLICA_VARIABLE)
+    configure(os.environ.get(LEVEL_VARIABLE, "INFO"), form, process=process, replica=replica)
 
 
 def _log_crash(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

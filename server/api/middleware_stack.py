@@ -12,8 +12,11 @@ from server.api.http.hosts import HostMiddleware, Hosts
 from server.api.http.origins import CorsMiddleware, CrossOriginMiddleware, Origins
 from server.api.inference.entry import LimitsMiddleware
 from server.api.inference.request_record import RequestRecord
+from server.api.ingress import IngressMiddleware
 from server.api.json_budget import JsonBudgetMiddleware
+from server.api.keys.secret_file import read_secret
 from server.api.keys.sessions import Sessions
+from server.api.keys.signed_callers import CallerSigner
 from server.api.middleware import (
     ApiKeyMiddleware,
     BodyLimitMiddleware,
@@ -44,12 +47,18 @@ def middleware_stack(
         hosts: The accepted host names; None accepts any.
         sessions: The sessions of the console, with the accepted keys; None serves every client without a key.
         entry: Middleware that answers before a key is required, but only to accepted hosts.
+
+    Raises:
+        ConfigurationError: If the secret of the ingress cannot be read.
     """
     http, metrics = services.settings.http, services.metrics
     stack = [Middleware(ExpectMiddleware)]
     if origins:
         stack.append(Middleware(CorsMiddleware, origins=origins))
     stack.append(Middleware(RequestIdMiddleware, operations=operations, metrics=metrics, observers=observers))
+    if http.ingress_secret_file is not None:
+        signer = CallerSigner(read_secret(http.ingress_secret_file, "ingress secret"))
+        stack.append(Middleware(IngressMiddleware, signer=signer, services=services))
     if hosts is not None:
         stack.append(Middleware(HostMiddleware, hosts=hosts))
     stack.append(Middleware(CrossOriginMiddleware, origins=origins))

@@ -18,7 +18,7 @@ import msgspec
 
 from server.api.keys.callers import Caller
 from server.api.keys.keys import ApiKeys
-from server.errors import ConfigurationError
+from server.api.keys.secret_file import read_secret
 
 MAX_SESSIONS = 1000
 """Maximum number of sessions in memory; one more ends an unused one of the key that has the most."""
@@ -28,9 +28,6 @@ IDLE_SECONDS = 12 * 3600.0
 
 MAX_AGE_SECONDS = 7 * 24 * 3600.0
 """Seconds after which a session ends, used or not."""
-
-MIN_SECRET_BYTES = 32
-"""Minimum length of the secret for self-contained tokens, in bytes."""
 
 _TOKEN_BYTES = 32
 _DIGEST_BYTES = 32
@@ -242,23 +239,10 @@ def open_sessions(keys: ApiKeys | None, secret_file: Path | None) -> Sessions | 
     Raises:
         ConfigurationError: If the file cannot be read, or the secret is too short.
     """
-    secret = None if secret_file is None else _read_secret(secret_file)
+    secret = None if secret_file is None else read_secret(secret_file, "session secret")
     if keys is None:
         return None
     return MemorySessions(keys) if secret is None else SignedSessions(keys, secret)
-
-
-def _read_secret(path: Path) -> bytes:
-    try:
-        secret = path.read_bytes().strip()
-    except OSError as error:
-        raise ConfigurationError(f"the session secret file {path} cannot be read: {error}") from error
-    if len(secret) < MIN_SECRET_BYTES:
-        raise ConfigurationError(
-            f"the session secret file {path} holds {len(secret)} bytes; at least {MIN_SECRET_BYTES} random ones are "
-            "needed, such as those of 'openssl rand -hex 32'"
-        )
-    return secret
 
 
 def _digest(token: str) -> bytes:

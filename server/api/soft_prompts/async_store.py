@@ -17,6 +17,7 @@ from prompt_store.jobs.jobs import Evaluations, TrainingRuns
 from prompt_store.registry import Registry
 from prompt_store.store import PromptStore
 from prompt_store.types import Access, LeasedPrompt, PromptRef
+from server.api.soft_prompts.recent_versions import RecentVersions
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +42,14 @@ class AsyncPromptStore:
     """The methods of ``PromptStore`` as coroutines, run in a small pool of threads.
 
     A call that has begun is awaited even if its caller is cancelled, so no call outlives its request.
+
+    Attributes:
+        recent: The versions leased last.
     """
 
     def __init__(self, store: PromptStore, num_threads: int = 8) -> None:
         self._store = store
+        self.recent = RecentVersions()
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="prompt-store")
 
     publish = _in_thread(PromptStore.publish)
@@ -133,6 +138,7 @@ class AsyncPromptStore:
         except asyncio.CancelledError:
             pending.add_done_callback(self._release_unclaimed)
             raise
+        self.recent.note(leased.version)
         try:
             yield leased
         finally:

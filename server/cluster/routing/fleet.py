@@ -59,6 +59,11 @@ class Fleet:
         if id_ in self.states:
             self.states[id_].load += 1
 
+    def ended(self, id_: str) -> None:
+        """A request that this router sent to a replica has ended, with an answer or without."""
+        if id_ in self.states:
+            self.states[id_].load = max(0, self.states[id_].load - 1)
+
     def contacted(self, id_: str, load: int) -> None:
         """A replica said how many requests it has, as it took or ended one of this router."""
         if id_ in self.states:

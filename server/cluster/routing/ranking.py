@@ -68,6 +68,7 @@ class ReplicaRanking:
         balance: The bound as a multiple of the mean load, more than 1.
         patience: The higher bound, at least ``balance``.
         homes: Replicas of a cold soft prompt; if all are above the bound, the least loaded replica is next.
+        floor: Load below which a replica is never above a bound; a few requests more cost a batch nearly nothing.
         random: Source of the two choices.
     """
 
@@ -77,15 +78,18 @@ class ReplicaRanking:
         balance: float = BALANCE,
         patience: float = PATIENCE,
         homes: int = HOMES,
+        floor: int = 1,
         random: Random | None = None,
     ) -> None:
-        if not 1 < balance <= patience or homes < 1:
+        if not 1 < balance <= patience or homes < 1 or floor < 1:
             raise ValueError(
-                f"1 < balance <= patience and homes >= 1 must hold, not with {balance}, {patience} and {homes}"
+                f"1 < balance <= patience, homes >= 1 and floor >= 1 must hold, not with {balance}, {patience}, "
+                f"{homes} and {floor}"
             )
         self._balance = balance
         self._patience = patience
         self._homes = homes
+        self._floor = floor
         self._random = random or Random()  # noqa: S311 - spreads load, protects nothing
 
     def ranks(self, replicas: Sequence[ReplicaState], digest: str | None) -> Iterator[list[str]]:
@@ -115,11 +119,11 @@ class ReplicaRanking:
     def _of_soft_prompt(
         self, replicas: Sequence[ReplicaState], open_: Sequence[ReplicaState], digest: str
     ) -> Iterator[list[str]]:
-        bound = load_bound(replicas, self._balance)
+        bound = max(self._floor, load_bound(replicas, self._balance))
         below = [replica for replica in open_ if replica.load < bound]
         warm = [replica for replica in open_ if digest in replica.warm]
         yield from _one_by_one([replica.id for replica in warm if replica.load < bound], digest)
-        patient = load_bound(replicas, self._patience)
+        patient = max(self._floor, load_bound(replicas, self._patience))
         yield from _one_by_one([replica.id for replica in warm if bound <= replica.load < patient], digest)
         done = {replica.id for replica in warm if replica.load < patient}
         stored = [replica.id for replica in below if digest in replica.stored and replica.id not in done]

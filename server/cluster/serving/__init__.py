@@ -1,0 +1,1 @@
+"""The parts that Ray Serve runs. Nothing else in the project imports Ray."""

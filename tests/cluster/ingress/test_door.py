@@ -1,0 +1,266 @@
+"""The door before replicas that are plain HTTP servers in the same event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+from aiohttp import web
+
+from server.api.keys.key_file import parse_plain
+from server.api.keys.keys import ApiKeys
+from server.api.keys.signed_callers import INGRESS_HEADER, LOAD_HEADER, CallerKind, CallerSigner
+from server.cluster.ingress.app import Door, DoorSettings
+from server.cluster.ingress.replicas import Address, SharedFleet, Wish
+from server.cluster.ingress.resolver import Resolver
+from server.cluster.ingress.upstream import http_session
+from server.cluster.routing.ranking import ReplicaRanking
+from tests.support.waiting import until
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+SIGNER = CallerSigner(b"s" * 32)
+DEAD = Address("dead", "http://127.0.0.1:1")
+
+
+class FakeReplicas:
+    def __init__(self, addresses: list[Address]) -> None:
+        self.addresses = {address.name: address for address in addresses}
+        self.shared = SharedFleet(ReplicaRanking(random=Random(0)))
+        self.shared.update(dict.fromkeys(self.addresses, 8))
+        self.wishes: list[Wish] = []
+
+    @asynccontextmanager
+    async def choose(self, base: str, wish: Wish) -> AsyncIterator[Address]:
+        self.wishes.append(wish)
+        name = self.shared.order(wish)[0]
+        self.shared.sent(name)
+        yield self.addresses[name]
+
+    def known(self, base: str) -> list[Address]:
+        return list(self.addresses.values())
+
+    def is_ready(self, base: str) -> bool:
+        return bool(self.addresses)
+
+    def fleet(self, base: str) -> SharedFleet:
+        return self.shared
+
+
+class Client:
+    """A client of an ASGI application that can go in the middle."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self.leaves = asyncio.Event()
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.chunks: list[bytes] = []
+        self.is_finished = False
+
+    async def ask(self, path: str, body: bytes | list[bytes] = b"", method: str = "POST", **headers: str) -> Client:
+        parts = [body] if isinstance(body, bytes) else list(body)
+        raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+        raw += [(b"host", b"localhost"), (b"content-length", str(sum(map(len, parts))).encode())]
+        scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"q=1"}
+        messages = [
+            {"type": "http.request", "body": part, "more_body": index + 1 < len(parts)}
+            for index, part in enumerate(parts)
+        ]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop(0)
+            await self.leaves.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self.status = message["status"]
+                self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+            else:
+                self.chunks.append(message["body"])
+                self.is_finished = not message.get("more_body", False)
+
+        await self._door(scope | {"headers": raw}, receive, send)
+        return self
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.chunks)
+
+    @property
+    def code(self) -> str:
+        code: str = json.loads(self.body)["error"]["code"]
+        return code
+
+
+@asynccontextmanager
+async def door(
+    *handlers: Handler, keys: tuple[str, ...] = (), dead: bool = False, digests: dict[str, str] | None = None
+) -> AsyncIterator[SimpleNamespace]:
+    async with AsyncExitStack() as stack:
+        addresses = []
+        for index, handler in enumerate(handlers):
+            application = web.Application(client_max_size=2**30)
+            application.router.add_route("*", "/{path:.*}", handler)
+            runner = web.AppRunner(application, shutdown_timeout=0.1, handler_cancellation=True)
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            host, port = runner.addresses[0][:2]
+            addresses.append(Address(f"r{index}", f"http://{host}:{port}"))
+        replicas = FakeReplicas(addresses + [DEAD] * dead)
+        found: Any = SimpleNamespace(choose=lambda ref, access, key: (_version((digests or {})[ref.name]), None))
+        resolver = Resolver({"demo": found})
+        stack.callback(resolver.close)
+        http = await stack.enter_async_context(http_session())
+        known = ApiKeys(parse_plain((f"key {key}", key) for key in keys)) if keys else None
+        made = Door(replicas, resolver, known, SIGNER, http, DoorSettings(max_body_bytes=1000))
+        yield SimpleNamespace(door=made, replicas=replicas, client=lambda: Client(made))
+
+
+def _version(digest: str) -> Any:
+    return SimpleNamespace(digest=digest, kind="soft_prompt")
+
+
+async def echo(request: web.Request) -> web.StreamResponse:
+    """Say what arrived."""
+    body = await request.read()
+    signed = SIGNER.check(
+        request.headers.get(INGRESS_HEADER),
+        method=request.method,
+        target=request.raw_path.encode(),
+        request_id=request.headers["x-request-id"],
+    )
+    seen = {"size": len(body), "kind": signed.kind, "key": signed.key, "trace": request.headers.get("traceparent")}
+    headers = {"retry-after": "7", "retry-after-ms": "6500", LOAD_HEADER: "5", "x-request-id": "from-replica"}
+    return web.json_response(seen | {"host": request.headers["host"]}, status=429, headers=headers)
+
+
+def test_an_answer_passes_unchanged() -> None:
+    async def run() -> None:
+        async with door(echo) as there:
+            trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+            client = await there.client().ask("/v1/prompts", [b"x" * 70_000] * 50, traceparent=trace)
+            assert (client.status, client.is_finished) == (429, True)
+            assert (client.headers["retry-after"], client.headers["retry-after-ms"]) == ("7", "6500")
+            assert (client.headers["x-request-id"], client.headers["x-prelude-replica"]) == ("from-replica", "r0")
+            assert LOAD_HEADER not in client.headers
+            seen = json.loads(client.body)
+            assert seen == {"size": 3_500_000, "kind": "unknown", "key": "", "trace": trace, "host": "localhost"}
+            assert there.replicas.shared.states()[0].load == 4  # as the replica said, without the request that ended
+
+    asyncio.run(run())
+
+
+def test_keys_are_checked_once() -> None:
+    async def run() -> None:
+        async with door(echo, keys=("k1",)) as there:
+            client = await there.client().ask("/v1/me", authorization="Bearer k1")
+            assert json.loads(client.body)["kind"] == "key"
+            assert json.loads(client.body)["key"].startswith("key-")
+            wrong = await there.client().ask("/v1/me", authorization="Bearer k2")
+            assert (wrong.status, wrong.code) == (401, "invalid_api_key")
+            assert json.loads((await there.client().ask("/v1/me")).body)["kind"] == CallerKind.UNKNOWN
+            assert (await there.client().ask("/v1/cluster", method="GET")).status == 401
+            state = await there.client().ask("/v1/cluster", method="GET", authorization="Bearer k1")
+            assert [one["name"] for one in json.loads(state.body)["bases"][0]["replicas"]] == ["r0"]
+            forged = await there.client().ask("/v1/me", **{"x-prelude-ingress": "forged"})
+            assert json.loads(forged.body)["kind"] == CallerKind.UNKNOWN
+
+    asyncio.run(run())
+
+
+def test_names_decide_and_large_bodies_pass() -> None:
+    async def run() -> None:
+        async with door(echo, digests={"intent": "a" * 64}) as there:
+            body = json.dumps({"model": "intent", "prompt": "x"}).encode()
+            small = await there.client().ask("/v1/completions", [body[:5], body[5:]])
+            large = await there.client().ask("/v1/completions", [body, b" " * 5000])
+            assert [json.loads(one.body)["size"] for one in (small, large)] == [len(body), len(body) + 5000]
+            assert [wish.digest for wish in there.replicas.wishes] == ["a" * 16, None]
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_cannot_be_connected_is_left() -> None:
+    async def run() -> None:
+        async with door(echo, dead=True) as there:
+            for _ in range(4):
+                assert (await there.client().ask("/v1/prompts", [b"x"] * 3)).status == 429
+        async with door(dead=True) as there:
+            client = await there.client().ask("/v1/prompts", b"x")
+            assert (client.status, client.code, "retry-after" in client.headers) == (503, "engine_dead", True)
+
+    asyncio.run(run())
+
+
+def events(number: int, *, dies: bool, pause: float = 0.0) -> Handler:
+    async def stream(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for index in range(number):
+            await response.write(f"data: {index}\n\n".encode())
+            await asyncio.sleep(pause)
+        if dies:
+            assert request.transport is not None
+            request.transport.abort()
+        return response
+
+    return stream
+
+
+def test_a_stream_whose_replica_is_lost_ends_with_one_error() -> None:
+    async def run() -> None:
+        async with door(events(3, dies=True)) as there:
+            client = await there.client().ask("/v1/completions", b"{}")
+            *good, last, end = client.body.split(b"\n\n")
+            assert (good, end, client.is_finished) == ([b"data: 0", b"data: 1", b"data: 2"], b"", True)
+            assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine_dead"
+        async with door(events(2, dies=False)) as there:
+            assert (await there.client().ask("/v1/completions", b"{}")).body == b"data: 0\n\ndata: 1\n\n"
+
+    asyncio.run(run())
+
+
+def test_a_client_that_goes_ends_the_request_at_the_replica() -> None:
+    async def run() -> None:
+        ended = asyncio.Event()
+
+        async def endless(request: web.Request) -> web.StreamResponse:
+            try:
+                return await events(10_000, dies=False, pause=0.005)(request)
+            finally:
+                ended.set()
+
+        async with door(endless) as there:
+            client = there.client()
+            asking = asyncio.create_task(client.ask("/v1/completions", b"{}"))
+            await until(lambda: len(client.chunks) >= 3)
+            client.leaves.set()
+            await asyncio.wait_for(ended.wait(), 5)
+            await asking
+            assert not client.is_finished
+            assert there.replicas.shared.states()[0].load == 0
+
+    asyncio.run(run())
+
+
+def test_metrics_of_all_replicas_have_a_label() -> None:
+    async def metrics(_: web.Request) -> web.StreamResponse:
+        return web.Response(text="# TYPE prelude_x gauge\nprelude_x 1.0\n")
+
+    async def run() -> None:
+        async with door(metrics, metrics, dead=True) as there:
+            text = (await there.client().ask("/metrics", method="GET")).body.decode()
+            assert 'prelude_x{replica="r0"} 1.0\nprelude_x{replica="r1"} 1.0' in text
+            assert "prelude_ingress_requests_running 1.0" in text
+            assert (await there.client().ask("/ready", method="GET")).status == 200
+
+    asyncio.run(run())
