@@ -18,7 +18,7 @@ def test_every_setting_has_a_flag() -> None:
     sections: tuple[type[Any], ...] = (EngineSettings, StoreSettings, HttpSettings)
     settings = {(section, field.name) for section in sections for field in fields(section)}
     settings |= {(Settings, "served_model_name"), (Settings, "log_level"), (Settings, "log_format")}
-    settings |= {(Settings, "otlp_traces_endpoint")}
+    settings |= {(Settings, "otlp_traces_endpoint"), (Settings, "replica_name")}
     assert flags == settings
 
 

@@ -11,8 +11,8 @@ from server.api.http.answers import ExpectMiddleware
 from server.api.http.hosts import HostMiddleware, Hosts
 from server.api.http.origins import CorsMiddleware, CrossOriginMiddleware, Origins
 from server.api.inference.entry import LimitsMiddleware
+from server.api.inference.ingress import IngressMiddleware
 from server.api.inference.request_record import RequestRecord
-from server.api.ingress import IngressMiddleware
 from server.api.json_budget import JsonBudgetMiddleware
 from server.api.keys.secret_file import read_secret
 from server.api.keys.sessions import Sessions

@@ -309,7 +309,9 @@ def read_config(path: Path) -> ClusterConfig:
 
 
 def _first_fault(error: ValidationError) -> str:
-    fault = error.errors(include_url=False, include_input=False)[0]
+    faults = error.errors(include_url=False, include_input=False)
+    # Of a field with two forms, the fault in words is that of the form that was meant.
+    fault = next((fault for fault in faults if fault["type"] == "value_error"), faults[0])
     field = ".".join(str(part) for part in fault["loc"])
     return f"{field}: {fault['msg'].removeprefix('Value error, ')}"
 

@@ -56,5 +56,8 @@ def test_two_replicas_never_share_a_directory_and_numbers_are_used_again(tmp_pat
     first, second = Place(tmp_path, "demo"), Place(tmp_path, "demo")
     assert (first.name, second.name) == ("demo-0", "demo-1")
     first.release()
-    assert Place(tmp_path, "demo").folder == first.folder
-    assert Place(tmp_path, "demo", "host").name == "demo-host-2"
+    again, named = Place(tmp_path, "demo"), Place(tmp_path, "demo", "host")
+    assert again.folder == first.folder
+    assert named.name == "demo-host-2"
+    for place in (second, again, named):
+        place.release()

@@ -78,12 +78,13 @@ class Resolver:
         """
         refs = head.refs
         if not refs:
-            return Route(head.base if head.base in self._names else self._default, None)
+            return Route(self._named(head) or self._default, None)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._route, head, refs, access or Access(""))
 
     def _route(self, head: RequestHead, refs: Sequence[PromptRef], access: Access) -> Route:
-        bases = [head.base] if head.base in self._names else list(self._names)
+        named = self._named(head)
+        bases = list(self._names) if named is None else [named]
         for base in bases:
             versions = [version for ref in refs if (version := self._find(base, ref, access, head.key)) is not None]
             if versions:
@@ -91,6 +92,10 @@ class Resolver:
                 first = min(versions, key=lambda version: version.kind is not PromptKind.SOFT_PROMPT)
                 return Route(base, first.digest[:_SHORT])
         return Route(bases[0] if len(bases) == 1 else self._default, None)
+
+    def _named(self, head: RequestHead) -> str | None:
+        """The base that a request names, if there is one of that name."""
+        return head.base if head.base in self._names else None
 
     def _find(self, base: str, ref: PromptRef, access: Access, key: str | None) -> PromptVersion | None:
         try:

@@ -25,13 +25,9 @@ def end_with(parent: int) -> None:
 
 
 def main() -> None:
-    """Run the command."""
+    """Become the command; the signal at the parent's end outlasts that (prctl(2))."""
     end_with(int(sys.argv[1]))
-    sys.argv = ["prelude", *sys.argv[2:]]
-    # Imported here because typer reads the arguments of the process.
-    from server.cli import main as run  # noqa: PLC0415
-
-    run()
+    os.execv(sys.executable, [sys.executable, "-c", "from server.cli import main; main()", *sys.argv[2:]])  # noqa: S606
 
 
 if __name__ == "__main__":

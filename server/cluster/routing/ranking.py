@@ -81,11 +81,12 @@ class ReplicaRanking:
         floor: int = 1,
         random: Random | None = None,
     ) -> None:
-        if not 1 < balance <= patience or homes < 1 or floor < 1:
+        if not 1 < balance <= patience or homes < 1:
             raise ValueError(
-                f"1 < balance <= patience, homes >= 1 and floor >= 1 must hold, not with {balance}, {patience}, "
-                f"{homes} and {floor}"
+                f"1 < balance <= patience and homes >= 1 must hold, not with {balance}, {patience} and {homes}"
             )
+        if floor < 1:
+            raise ValueError(f"floor must be at least 1, not {floor}")
         self._balance = balance
         self._patience = patience
         self._homes = homes

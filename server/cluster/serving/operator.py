@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -65,7 +66,7 @@ def up(config: ClusterConfig, say: Callable[[str], None]) -> State:
         serve.delete(name)
         del state.applications[name]
     applications: dict[str, Callable[[], Application]] = {
-        app_name(one.name): (lambda one=one: base_application(config, one)) for one in config.bases
+        app_name(one.name): partial(base_application, config, one) for one in config.bases
     }
     applications[INGRESS_APP] = lambda: ingress_application(config)
     for name, make in applications.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -24,7 +25,7 @@ from tests.support.in_process import started
 from tests.support.keyed import key_entry
 
 SECRET = b"s" * 32
-REQUEST = {"method": "GET", "target": b"/v1/me?x=1", "request_id": "r1"}
+REQUEST: dict[str, Any] = {"method": "GET", "target": b"/v1/me?x=1", "request_id": "r1"}
 
 
 def signer(secret: bytes = SECRET, now: float = 1000.0) -> CallerSigner:
@@ -32,22 +33,27 @@ def signer(secret: bytes = SECRET, now: float = 1000.0) -> CallerSigner:
 
 
 def test_a_signature_is_for_one_request_and_one_secret() -> None:
-    value = signer().sign(CallerKind.KEY, "key-1", **REQUEST)  # type: ignore[arg-type]
-    found = signer().check(value, **REQUEST)  # type: ignore[arg-type]
+    value = signer().sign(CallerKind.KEY, "key-1", **REQUEST)
+    found = signer().check(value, **REQUEST)
     assert (found.kind, found.key) == (CallerKind.KEY, "key-1")
-    others = [{"method": "POST"}, {"target": b"/v1/me?x=2"}, {"request_id": "r2"}, {"request_id": "r1/v1"}]
+    others: list[dict[str, Any]] = [
+        {"method": "POST"},
+        {"target": b"/v1/me?x=2"},
+        {"request_id": "r2"},
+        {"request_id": "r1/v1"},
+    ]
     for other in others:
         with pytest.raises(NotFromIngressError):
-            signer().check(value, **(REQUEST | other))  # type: ignore[arg-type]
+            signer().check(value, **(REQUEST | other))
     for wrong in (signer(b"t" * 32), signer(now=1000.0 + LIFETIME_SECONDS)):
         with pytest.raises(NotFromIngressError):
-            wrong.check(value, **REQUEST)  # type: ignore[arg-type]
+            wrong.check(value, **REQUEST)
 
 
 @pytest.mark.parametrize("value", [None, "", "x", "\u20ac", "A" * 64, "A" * 5000])
 def test_anything_else_is_refused(value: str | None) -> None:
     with pytest.raises(NotFromIngressError):
-        signer().check(value, **REQUEST)  # type: ignore[arg-type]
+        signer().check(value, **REQUEST)
 
 
 @pytest.fixture

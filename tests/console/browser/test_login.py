@@ -66,7 +66,7 @@ def test_a_session_ends_when_it_expires_and_with_its_key(visit: Visit, server: C
         server.write_keys()
 
 
-ACTIONS = [
+ACTIONS: list[tuple[str, str | re.Pattern[str], str]] = [
     ("#/prompts", "Upload", "prompts:write"),
     ("#/upload", "Check only", "prompts:write"),
     ("#/playground?with=sentiment", re.compile("^Run"), "generate"),
