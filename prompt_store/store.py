@@ -367,8 +367,7 @@ class PromptStore:
         Raises:
             ValueError: If the alias is not well formed, or the rollout names the version itself.
             PromptNotFoundError: If there is no such version, also of the rollout.
-            PromptConflictError: If ``expected_version`` is given and the alias does not point there, or
-                ``expected_rollout`` is given and it has another one.
+            PromptConflictError: If the alias does not have the expected version or rollout.
         """
         check_name(alias, "alias")
         with self._cached.changing(name, access):
@@ -387,8 +386,7 @@ class PromptStore:
 
         Raises:
             PromptNotFoundError: If there is no such alias.
-            PromptConflictError: If there is no earlier version, or the alias is not at ``expected_version`` or has
-                another rollout than the expected one.
+            PromptConflictError: If there is no earlier version, or as for ``set_alias``.
         """
         with self._cached.changing(name, access):
             return self._catalog.rollback(name, alias, expected_version, actor, access, expected_rollout)

@@ -19,7 +19,7 @@ from rich.console import Console
 from prompt_store.errors import PromptStoreError
 from prompt_store.types import PromptRef
 from server import logs
-from server.client import commands
+from server.client import commands, console_page
 from server.client.bulk import command as bulk
 from server.client.evaluation import command as evaluation
 from server.client.importers import command as importers
@@ -471,10 +471,9 @@ def key(
     typer.echo(f"API key (not shown again): {secret}" if sys.stderr.isatty() else secret, err=True)
 
 
-for module in (commands, canary, edit, history, prune, transfer, bulk, doctor, evaluation, importers, training):
+_OF_SERVER = (commands, console_page, canary, edit, history, prune, transfer, bulk, doctor, evaluation)
+for module in (*_OF_SERVER, importers, training, store_commands, cluster):
     app.add_typer(module.app)
-app.add_typer(store_commands.app)
-app.add_typer(cluster.app)
 
 
 def main() -> None:
