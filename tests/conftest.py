@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 import typer.testing
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["tests.support.api_fixtures", "tests.support.adapter_fixtures", "tests.support.demo_server"]
 
@@ -22,7 +22,7 @@ SLOW_FOLDERS = [Path(__file__).parent / name for name in ("clients", "docker", "
 """Folders whose tests start processes."""
 
 # A busy machine must not fail a test.
-settings.register_profile("unhurried", deadline=None)
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
 
 # Tests call hundreds of commands and create hundreds of clients: what each would build again is built once.
