@@ -138,8 +138,8 @@ class AsyncPromptStore:
         except asyncio.CancelledError:
             pending.add_done_callback(self._release_unclaimed)
             raise
-        self.recent.note(leased.version)
         try:
+            self.recent.note(leased.version)
             yield leased
         finally:
             self._executor.submit(self._release, leased)

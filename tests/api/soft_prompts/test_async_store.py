@@ -12,7 +12,7 @@ import pytest
 
 from prompt_store.errors import PromptNotFoundError
 from prompt_store.store import PromptStore
-from prompt_store.types import PromptRef
+from prompt_store.types import LeasedPrompt, PromptRef
 from server.api.soft_prompts.async_store import AsyncPromptStore
 
 pytestmark = pytest.mark.anyio
@@ -27,19 +27,19 @@ class SlowStore:
         self.begun = threading.Event()
         self.gate = threading.Event()
         self.finished: list[str] = []
-        self.released: list[object] = []
+        self.released: list[str] = []
 
     def resolve(self, ref: PromptRef, access: object = None) -> str:
         return self._wait(f"{ref.name} in {threading.current_thread().name}")
 
-    def lease(self, ref: PromptRef, access: object) -> str:
-        return self._wait(ref.name)
+    def lease(self, ref: PromptRef, access: object) -> SimpleNamespace:
+        return SimpleNamespace(version=SimpleNamespace(name=self._wait(ref.name), version=1, digest="d"))
 
     def delete_prompt(self, name: str, *, actor: str) -> None:
         raise PromptNotFoundError(f"{actor} cannot delete {name}")
 
-    def release(self, leased: object) -> None:
-        self.released.append(leased)
+    def release(self, leased: LeasedPrompt) -> None:
+        self.released.append(leased.version.name)
 
     def _wait(self, result: str) -> str:
         self.begun.set()
@@ -115,10 +115,9 @@ async def test_a_lease_is_released_once_for_every_outcome(store: AsyncPromptStor
 async def test_a_lease_that_cannot_be_released_is_logged(
     store: AsyncPromptStore, slow: SlowStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = SimpleNamespace(name="a", version=1)
-    monkeypatch.setattr(slow, "lease", lambda *_: SimpleNamespace(version=version))
+    slow.gate.set()
     monkeypatch.delattr(SlowStore, "release")
     async with store.lease(REF, None):
-        pass
+        assert [version.digest for version in store.recent.all()] == ["d"]
     await asyncio.to_thread(store.close, close_store=False)
     assert "the lease of a@1 could not be released" in caplog.text
