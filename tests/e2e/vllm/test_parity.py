@@ -38,7 +38,8 @@ class Case:
     @property
     def memory(self) -> int:
         """Bytes of a rank's blocks: three layers, keys and values, two heads of 32 (GPT-2: four), float32."""
-        num_heads = (4 if self.family == "gpt2" else 2) // self.settings.get("tensor_parallel_size", 1)
+        num_ranks: int = self.settings.get("tensor_parallel_size", 1)
+        num_heads = (4 if self.family == "gpt2" else 2) // num_ranks
         return self.num_blocks * 3 * 2 * 32 * num_heads * 32 * 4
 
 
