@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,15 +12,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.http.http_middleware import HttpMiddleware
 from server.api.http.multipart import discard_rest
+from server.api.http.request_ids import request_id_of
 from server.api.inference.request_record import RequestRecord
 from server.api.keys.callers import IN_PROCESS_CALLER, Caller
 from server.api.keys.sessions import Sessions
 from server.api.operations import Operations, matched
 from server.api.session_cookies import caller_by_cookie
 from server.metrics.metrics import Metrics
-
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-"""Accepted incoming ids; they cannot forge a log line or a header."""
 
 MIN_BODY_RATE = 4096
 """Minimum rate of a long body, in bytes per second."""
@@ -55,8 +51,7 @@ class RequestIdMiddleware(HttpMiddleware):
         """Handle one request."""
         headers = Headers(scope=scope)
         found = self._operations.match(scope["method"], scope["path"])
-        incoming = headers.get("x-request-id", "")
-        request_id = incoming if _REQUEST_ID.fullmatch(incoming) else uuid.uuid4().hex
+        request_id = request_id_of(headers.get("x-request-id", ""))
         record = RequestRecord(
             request_id=request_id,
             method=scope["method"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from server.api.errors import describe
 from server.api.http.answers import PROTECTIVE_HEADERS
 from server.api.http.disconnect import CLIENT_CLOSED_REQUEST, ClientDisconnected
 from server.api.http.hosts import Hosts
+from server.api.http.request_ids import request_id_of
 from server.api.keys.callers import Caller
 from server.api.keys.callers import Scope as Permission
 from server.api.keys.keys import ApiKeys
@@ -40,7 +40,6 @@ from server.logs import FIELDS
 
 logger = logging.getLogger(__name__)
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _MAX_ATTEMPTS = 3
 _GATHER_SECONDS = 5.0
 _POLLED = frozenset({"/live", "/ready", "/health", "/metrics"})
@@ -155,8 +154,7 @@ class Door:
         if scope["type"] != "http":
             raise TypeError(f"a door answers HTTP requests only, not {scope['type']}")
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        incoming = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = incoming if _REQUEST_ID.fullmatch(incoming) else uuid.uuid4().hex
+        request_id = request_id_of(headers.get(b"x-request-id", b"").decode("latin-1"))
         call = _Call(self, scope, receive, send, headers, request_id)
         self.metrics.running.inc()
         try:
