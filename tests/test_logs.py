@@ -176,9 +176,10 @@ def test_prompts_are_logged_only_if_configured(tmp_path: Path) -> None:
 def test_a_failed_start_is_logged_as_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logs, "configure", lambda *_: None)  # it would remove caplog's handler
+    monkeypatch.setattr(logs, "configure", lambda *_, **__: None)  # it would remove caplog's handler
     line = ["serve", "--model", "m", "--host", "0.0.0.0", "--port", "0", "--log-format", "json"]  # noqa: S104
     result = CliRunner().invoke(app, [*line, "--store", str(tmp_path)])
+    assert isinstance(result.exception, SystemExit), result.exception  # any other has the exit code 1, too
     assert result.exit_code == 1
     assert "prelude:" not in result.stderr
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
