@@ -64,8 +64,8 @@ def served_tokens(url: str, model: str, texts: Sequence[str]) -> list[list[int]]
 
 
 def compared(expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> str:
-    """How many answers are equal; the end of a text counts only if both have it."""
-    equal = sum(list(one[: len(other)]) == list(other) for one, other in zip(expected, found, strict=True))
+    """How many answers have the same tokens in the same number."""
+    equal = sum(list(one) == list(other) for one, other in zip(expected, found, strict=True))
     return f"{equal} of {len(expected)}"
 
 
