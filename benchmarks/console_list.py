@@ -18,7 +18,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 from benchmarks.registry_scale import name_of, register
 from benchmarks.server import serving
@@ -76,7 +76,7 @@ def measure(page: Page, url: str, count: int) -> dict[str, object]:
     wanted = (count // 2, count // 3, count - 1, 7, 1234 % count)
     searches = [page.evaluate(_SEARCH, name_of(index + 1)) for index in wanted]
     page.get_by_label("Search", exact=True).fill("")
-    page.wait_for_function("document.querySelectorAll('tbody tr').length === 100")
+    expect(page.locator("tbody tr")).to_have_count(100)
     passes = {"reading": page.evaluate(_SCROLL, [count, 3000]), "read": page.evaluate(_SCROLL, [count, 1500])}
     return {
         "first_contentful_paint_ms": round(first["paint"]),
