@@ -17,7 +17,8 @@ from prompt_store.adapters import AdapterLimits
 from prompt_store.types import BaseModelSpec
 from server.api.admission import Admission
 from server.api.keys.keys import ApiKeys
-from server.api.live_names import LiveNames
+from server.api.live.engine_body import ShownPictures
+from server.api.live.live_names import LiveNames
 from server.api.load import Load
 from server.api.shadowing import Shadowing
 from server.api.soft_prompts.async_store import AsyncPromptStore
@@ -201,6 +202,7 @@ class Services:
         has_keys: Whether requests need an API key.
         usage: Counts the use of versions.
         names: What the sequences in flight and the soft prompts on the device are called.
+        shown_pictures: What was shown of the newest picture of the batch.
         load: The load of the last hour.
         catalog_changes: Names that have changed.
         num_subscribers: Clients of ``/v1/events``.
@@ -223,6 +225,7 @@ class Services:
     loaded_tokenizer: Tokenizer | None = None
     usage: UsageCounter = field(init=False)
     names: LiveNames = field(default_factory=LiveNames)
+    shown_pictures: ShownPictures = field(default_factory=ShownPictures)
     load: Load = field(default_factory=Load)
     catalog_changes: CatalogChanges = field(default_factory=CatalogChanges)
     num_subscribers: int = 0

@@ -20,7 +20,7 @@ from server.api.batches.runner import BatchRunner
 from server.api.evaluations.bodies import EvaluationBody
 from server.api.evaluations.routes import READERS as EVALUATION_READERS
 from server.api.keys.callers import Caller, Scope
-from server.api.monitoring.engine_body import Blocks, EngineBody, engine_body
+from server.api.live.engine_body import Blocks, Shown
 from server.api.monitoring.stats_body import point_body
 from server.api.monitoring.subscription import counted
 from server.api.runs.bodies import RunBody
@@ -101,7 +101,7 @@ class Subscriber:
         self._is_current = is_current
         self._batches = batches
         self._state: ServerState | None = None
-        self._live: EngineBody | None = None
+        self._live: Shown | None = None
         self._blocks: Blocks | None = None
         self._pool_at = 0.0
         self._jobs_at = 0.0
@@ -149,18 +149,15 @@ class Subscriber:
         except EngineError:
             return []  # a server event says why
         found: list[tuple[str, object]] = []
-        with_map = now - self._pool_at >= _POOL_SECONDS
-        body = engine_body(services.engine.stats, picture, services.names, tenant, with_map=with_map)
-        if with_map:
+        shown = services.shown_pictures.show(services.engine.stats, picture, services.names, tenant)
+        if now - self._pool_at >= _POOL_SECONDS:
             self._pool_at = now
-            if body.blocks != self._blocks:
-                self._blocks = body.blocks
-                found.append(("pool", body.blocks))
-            body.blocks = msgspec.structs.replace(body.blocks, map=None)
-        last = self._live
-        if last is None or msgspec.structs.replace(body, at=last.at) != last:
-            self._live = body
-            found.append(("live", body))
+            if shown.blocks != self._blocks:
+                self._blocks = shown.blocks
+                found.append(("pool", shown.blocks))
+        if not shown.is_as(self._live):
+            self._live = shown
+            found.append(("live", msgspec.Raw(shown.json)))
         return found
 
     async def _changes(self) -> list[Changed]:

@@ -13,8 +13,8 @@ from starlette.responses import Response
 from server.api.batches.runner import BatchRunner
 from server.api.http.sse import named_events
 from server.api.keys.callers import Caller, CallerDep, Scope, is_current
+from server.api.live.engine_body import EngineBody, engine_body
 from server.api.load import MAX_POINTS, POINT_SECONDS
-from server.api.monitoring.engine_body import EngineBody, engine_body
 from server.api.monitoring.events import EVENTS, TOPICS, Subscriber
 from server.api.monitoring.stats_body import Stats, stats_body
 from server.api.monitoring.subscription import subscription
@@ -41,7 +41,7 @@ async def get_engine(services: ServicesDep, caller: CallerDep) -> Response:
     """
     services.require_ready()
     picture = await picture_of(services)
-    body = engine_body(services.engine.stats, picture, services.names, caller.tenant, with_map=True)
+    body = engine_body(services.engine.stats, picture, services.names, caller.tenant)
     return Response(msgspec.json.encode(body), media_type="application/json")
 
 

@@ -24,6 +24,11 @@ from server.engine.scheduling.scheduler import Scheduler
 from server.engine.scheduling.sequence import Sequence
 from server.engine.scheduling.soft_prompt_run import SoftPromptRun, run_key
 
+_FREE, _IDLE, _USED, _SHARED = (
+    int(state) for state in (BlockState.FREE, BlockState.IDLE, BlockState.USED, BlockState.SHARED)
+)
+"""As plain integers: a map is made of thousands between two steps, and to read a member of an enumeration is slow."""
+
 MAX_ROWS = 1024
 """Maximum number of sequences in a picture; running ones come first."""
 
@@ -143,17 +148,15 @@ def _map(blocks: BlockManager) -> bytes:
         "idle": BlockState.PROMPT_IDLE,
         "loading": BlockState.PROMPT_LOADING,
     }
-    of_runs = {
-        block: states[_run_state(run)] for run in blocks.runs.values() for block in run.blocks if block % stride == 0
-    }
-    return bytes(
-        of_runs.get(block) or _text_state(*blocks.use_of(block)) for block in range(0, blocks.num_blocks, stride)
-    )
+    found = bytearray(_text_state(*use) for use in blocks.uses(stride))
+    for run in blocks.runs.values():
+        for block in run.blocks:
+            if block % stride == 0:
+                found[block // stride] = states[_run_state(run)]
+    return bytes(found)
 
 
-def _text_state(ref_count: int, is_cached: bool) -> BlockState:
-    if ref_count > 1:
-        return BlockState.SHARED
-    if ref_count:
-        return BlockState.USED
-    return BlockState.IDLE if is_cached else BlockState.FREE
+def _text_state(ref_count: int, is_cached: bool) -> int:
+    if ref_count == 0:  # most blocks
+        return _IDLE if is_cached else _FREE
+    return _USED if ref_count == 1 else _SHARED

@@ -132,10 +132,9 @@ class BlockManager:
         """Text blocks that a new sequence may find."""
         return self._by_hash.values()
 
-    def use_of(self, block_id: int) -> tuple[int, bool]:
-        """Number of sequences that refer to a text's block, and whether a new sequence may find it."""
-        block = self._blocks[block_id]
-        return block.ref_count, block.block_hash is not None
+    def uses(self, stride: int) -> list[tuple[int, bool]]:
+        """Of every ``stride``-th block, how many texts refer to it, and whether a new text may find it."""
+        return [(block.ref_count, block.block_hash is not None) for block in self._blocks[::stride]]
 
     def num_shared(self, block_ids: Iterable[int]) -> int:
         """Number of blocks at the beginning of a text that other sequences refer to, too."""

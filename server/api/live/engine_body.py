@@ -12,12 +12,14 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from server.api.live_names import LiveNames
+from server.api.live.live_names import LiveNames
 from server.engine.messages import BatchPicture, SequencePicture
 from server.engine.stats import EngineStats
 
 _SALT = secrets.token_bytes(16)
 """Keeps the ids of rows from telling the ids of requests."""
+
+_encoder = msgspec.json.Encoder()
 
 
 class RowBlocks(msgspec.Struct, kw_only=True):
@@ -95,9 +97,7 @@ class EngineBody(msgspec.Struct, kw_only=True):
     blocks: Annotated[Blocks, Meta(description="The key/value cache.")]
 
 
-def engine_body(
-    stats: EngineStats, picture: BatchPicture | None, names: LiveNames, tenant: str, *, with_map: bool
-) -> EngineBody:
+def engine_body(stats: EngineStats, picture: BatchPicture | None, names: LiveNames, tenant: str) -> EngineBody:
     """Show a picture to a tenant.
 
     Args:
@@ -105,7 +105,6 @@ def engine_body(
         picture: The batch; None if the engine cannot show it.
         names: The names of sequences and digests.
         tenant: The caller's tenant.
-        with_map: Whether to include the map of blocks.
     """
     rows, resident = ([], []) if picture is None else _visible(picture, names, tenant)
     return EngineBody(
@@ -121,9 +120,55 @@ def engine_body(
             used=stats.num_used_blocks if picture is None else picture.num_used_blocks,
             idle=stats.num_cached_blocks if picture is None else picture.num_idle_blocks,
             size=stats.block_size,
-            map=None if picture is None or not with_map else base64.b64encode(picture.block_map).decode(),
+            map=None if picture is None else base64.b64encode(picture.block_map).decode(),
         ),
     )
+
+
+class Shown:
+    """A picture as a tenant sees it, made once for all its subscribers.
+
+    Args:
+        body: The batch, with the map of blocks.
+
+    Attributes:
+        blocks: The key/value cache, with the map.
+        body: The batch without the map.
+        json: ``body`` in JSON.
+    """
+
+    def __init__(self, body: EngineBody) -> None:
+        self.blocks = body.blocks
+        self.body = msgspec.structs.replace(body, blocks=msgspec.structs.replace(body.blocks, map=None))
+        self.json = _encoder.encode(self.body)
+
+    def is_as(self, other: Shown | None) -> bool:
+        """Whether another one shows the same, apart from the time."""
+        if other is None or other is self:
+            return other is self
+        return msgspec.structs.replace(self.body, at=other.body.at) == other.body
+
+
+class ShownPictures:
+    """What was shown of the newest picture, by tenant.
+
+    Without it, each of 64 subscribers would cost a body and its JSON five times a second.
+    """
+
+    def __init__(self) -> None:
+        self._picture: BatchPicture | None = None
+        self._by_tenant: dict[str, Shown] = {}
+
+    def show(self, stats: EngineStats, picture: BatchPicture | None, names: LiveNames, tenant: str) -> Shown:
+        """Show a picture to a tenant; see ``engine_body``."""
+        if picture is None:
+            return Shown(engine_body(stats, None, names, tenant))
+        if picture is not self._picture:
+            self._picture, self._by_tenant = picture, {}
+        shown = self._by_tenant.get(tenant)
+        if shown is None:
+            shown = self._by_tenant[tenant] = Shown(engine_body(stats, picture, names, tenant))
+        return shown
 
 
 def _visible(picture: BatchPicture, names: LiveNames, tenant: str) -> tuple[list[Row], list[ResidentSoftPrompt]]:
