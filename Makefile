@@ -27,11 +27,11 @@ test: install
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
 		--ignore=tests/console/browser $(ARGS)
 
-# The console's pages in Chromium, which must be there: two files side by side, each worker with its own server.
+# The console's pages in Chromium, which must be there: two tests side by side, each worker with its own server.
 # SCREENSHOTS=DIR keeps pictures of all pages.
 test-console: install server/console/web/node_modules/.package-lock.json
 	PRELUDE_REQUIRE_BROWSER=1 PRELUDE_SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest \
-		--numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder tests/console/browser $(ARGS)
+		--numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder tests/console/browser $(ARGS)
 
 server/console/web/node_modules/.package-lock.json: server/console/web/package-lock.json
 	cd server/console/web && npm ci --ignore-scripts --no-audit --no-fund

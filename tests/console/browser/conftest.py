@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.console.browser.visitors import KEYS, REBOUND, ConsoleServer, Visit, Visitor, Watch
+from benchmarks.registry_scale import register
+from prompt_store.open_store import CATALOG_FILE, open_store
+from tests.console.browser.visitors import KEYS, MANY, REBOUND, ConsoleServer, Visit, Visitor, Watch
 from tests.support.demo_server import TASKS
 from tests.support.keyed import bearer
 from tests.support.serving import adapter, serving, upload
@@ -60,6 +63,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ConsoleServer]:
 
 
 @pytest.fixture(scope="session")
+def keyless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A server without keys, with ``MANY`` names and the embedded soft prompt sentiment.
+
+    The tests that use it are of one group, so that one worker starts it.
+    """
+    folder = tmp_path_factory.mktemp("keyless")
+    open_store(folder / "store").close()
+    register(f"sqlite:///{folder / 'store' / CATALOG_FILE}", MANY)
+    with serving(folder, "--dtype", "float32", "--num-threads", "1") as (client, _):
+        upload(client, "sentiment", *adapter("sentiment")).raise_for_status()
+        yield client
+
+
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
@@ -79,11 +96,12 @@ def visit(browser: Browser, server: ConsoleServer) -> Iterator[Visit]:
         return visitors[-1]
 
     yield make
-    for visitor in visitors:
-        visitor.close()
-    server.delete_leftovers()
-    for visitor in visitors:
-        visitor.watch.check()
+    with ExitStack() as checks:  # whatever one of them finds, all browsers are closed and no soft prompt is left
+        for visitor in visitors:
+            checks.callback(visitor.watch.check)
+        checks.callback(server.delete_leftovers)
+        for visitor in visitors:
+            checks.callback(visitor.close)
 
 
 @pytest.fixture

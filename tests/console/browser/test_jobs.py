@@ -17,7 +17,6 @@ from tests.console.browser.isolated import barriers
 from tests.console.browser.test_everywhere import settle
 from tests.console.browser.visitors import ConsoleServer, Visit, button
 from tests.support.serving import adapter, upload
-from tests.support.waiting import wait_until
 
 HELD_OUT = (SOFT_PROMPTS_DIRECTORY.parent / "heldout" / "intent.jsonl").read_text().splitlines()[:40]
 ROWS = [{"text": row["input"], "label": row["output"]} for row in map(json.loads, HELD_OUT)]
@@ -95,13 +94,7 @@ def test_a_run_arrives_while_one_looks(visit: Visit, server: ConsoleServer, repo
     run: dict[str, Any] = {"prompt_id": "sentiment", "method": "prompt_tuning", "started_at": now, "num_steps": 4}
     link = page.get_by_role("link", name=re.compile("sentiment"))
 
-    def arrives() -> bool:
-        """Report until the page, whose stream may still be opening, has heard of it."""
-        server.admin.put(RUN, json=run | {"status": "running", "step": 1, "settings": {"seed": 0}}).raise_for_status()
-        page.wait_for_timeout(500)
-        return link.is_visible()
-
-    wait_until(arrives)
+    server.admin.put(RUN, json=run | {"status": "running", "step": 1, "settings": {"seed": 0}}).raise_for_status()
     link.click()
     expect(page.get_by_role("progressbar", name="Steps")).to_be_visible()
     points = [{"step": step, "values": {"loss": 2.0 / step, "eval_loss": 3.0 / step}} for step in (1, 2, 3)]

@@ -55,13 +55,13 @@ def test_a_session_ends_when_it_expires_and_with_its_key(visit: Visit, server: C
     visitor.context.add_cookies(
         [{"name": str(cookie["name"]), "value": "A" * 43, "url": visitor.server.url, "httpOnly": True}]
     )
-    expect(page.get_by_text("The session has ended")).to_be_visible(timeout=15_000)
+    expect(page.get_by_text("The session has ended")).to_be_visible()
     page.get_by_label("API key").fill(KEYS["leaver"][0])
     page.keyboard.press("Enter")
     expect(page.get_by_role("link", name="sentiment")).to_be_visible()
     server.write_keys("leaver")
     try:
-        expect(page.get_by_text("The session has ended")).to_be_visible(timeout=15_000)
+        expect(page.get_by_text("The session has ended")).to_be_visible()
     finally:
         server.write_keys()
 

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
+import httpx
 import pytest
 from playwright.sync_api import Browser, expect
 
-from benchmarks.registry_scale import name_of, register
-from prompt_store.open_store import CATALOG_FILE, open_store
+from benchmarks.registry_scale import name_of
 from tests.console.browser.isolated import barriers
-from tests.console.browser.visitors import Watch
-from tests.support.serving import serving
-
-COUNT = 10_000
+from tests.console.browser.visitors import MANY, Watch
 
 
-@pytest.fixture
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server without keys whose catalog has the names."""
-    folder = tmp_path_factory.mktemp("many")
-    open_store(folder / "store").close()
-    register(f"sqlite:///{folder / 'store' / CATALOG_FILE}", COUNT)
-    with serving(folder, "--dtype", "float32", "--num-threads", "1") as (client, _):
-        yield str(client.base_url).rstrip("/")
-
-
-def test_the_list_of_10000_names_is_searched_and_scrolled(browser: Browser, url: str) -> None:
+@pytest.mark.xdist_group("keyless")
+def test_the_list_of_10000_names_is_searched_and_scrolled(browser: Browser, keyless: httpx.Client) -> None:
+    url = str(keyless.base_url).rstrip("/")
     context = browser.new_context(viewport={"width": 1280, "height": 860})
     page, watch = context.new_page(), Watch(url)
     watch.follow(page)
     page.goto(f"{url}/console")
     rows = page.locator("tbody tr")
     expect(rows).to_have_count(100)
-    for index in (COUNT, COUNT // 3, 7):
+    for index in (MANY, MANY // 3, 7):
         page.get_by_label("Search", exact=True).fill(name_of(index))
         expect(rows).to_have_count(1)
         expect(rows).to_contain_text(name_of(index))

@@ -14,6 +14,7 @@ from safetensors.numpy import save
 
 from server.demo.tour import SOFT_PROMPTS_DIRECTORY
 from tests.console.browser.isolated import barriers
+from tests.console.browser.test_everywhere import show
 from tests.console.browser.visitors import ConsoleServer, Visit, button
 from tests.support.serving import adapter, upload
 
@@ -37,9 +38,7 @@ def aliases(server: ConsoleServer, name: str) -> dict[str, int]:
 
 
 def open_prompt(page: Page, name: str, version: int | None = None) -> None:
-    page.evaluate(
-        "where => { location.hash = where; }", f"#/prompts/{name}" + (f"?version={version}" if version else "")
-    )
+    show(page, f"#/prompts/{name}" + (f"?version={version}" if version else ""))
     expect(page.get_by_role("heading", name=name, level=1)).to_be_visible()
 
 
@@ -265,9 +264,13 @@ def test_a_conflict_says_who_was_faster(visit: Visit, server: ConsoleServer, pro
     page = visitor.login(where=f"#/prompts/{prompt}?version=1")
     button(page, "Promote").click()
     page.get_by_label("Alias").fill("canary")
-    server.admin.put(f"/v1/prompts/{prompt}/aliases/canary", json={"version": 1})
-    server.admin.put(f"/v1/prompts/{prompt}/aliases/canary", json={"version": 2})
-    server.admin.delete(f"/v1/prompts/{prompt}/aliases/canary")
+
+    def delete(route: Route) -> None:
+        """Another client is faster, and the page has not seen it yet."""
+        server.admin.delete(f"/v1/prompts/{prompt}/aliases/canary").raise_for_status()
+        route.continue_()
+
+    page.route("**/aliases/canary*", delete)
     button(page, "Promote 1 → canary").click()
     expect(page.get_by_role("alert")).to_be_visible()
     expect(page.get_by_text("admin deleted the alias canary")).to_be_visible()
@@ -313,7 +316,7 @@ def test_inspect_names_the_nearest_tokens(admin: Page) -> None:
 def test_upload_a_new_prompt_and_the_same_files_again(admin: Page, server: ConsoleServer) -> None:
     server.leftovers.append("uploaded")
     for text in ("uploaded@1 is stored.", "The same files are there already, as uploaded@1."):
-        admin.evaluate("() => { location.hash = '#/upload'; }")
+        show(admin, "#/upload")
         admin.locator("input[type=file]").set_input_files(FILES)
         admin.get_by_label("Name", exact=True).fill("uploaded")
         admin.get_by_label("Metadata").fill('{"rows": 12}')

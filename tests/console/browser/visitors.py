@@ -9,13 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, StorageState, expect
+from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, expect
+
+from tests.support.processes import metric
 
 SCREENSHOTS = os.environ.get("PRELUDE_SCREENSHOTS")
 """Folder for pictures of all pages; unset: none are taken."""
 
 REBOUND = "rebound.example"
 """A foreign name that the browser finds at the server's address, as after DNS rebinding."""
+
+MANY = 10_000
+"""Names in the catalog of the server without keys."""
 
 KEYS = {
     "admin": ("a" * 40, ("admin", "generate", "prompts:read", "prompts:write")),
@@ -38,7 +43,7 @@ class ConsoleServer:
         key_file: The key file, which the server reads again when it changes.
         log: The file of its log.
         admin: A client with the key of an administrator.
-        sessions: What a browser keeps after a login, by name of the key.
+        sessions: The cookies of sessions, by name of the key.
         leftovers: Soft prompts to delete once the pages that show them are closed.
     """
 
@@ -46,7 +51,7 @@ class ConsoleServer:
     key_file: Path
     log: Path
     admin: httpx.Client
-    sessions: dict[str, StorageState] = field(default_factory=dict)
+    sessions: dict[str, httpx.Cookies] = field(default_factory=dict)
     leftovers: list[str] = field(default_factory=list)
 
     def write_keys(self, *without: str, more: str = "") -> None:
@@ -61,6 +66,22 @@ class ConsoleServer:
         new.write_text("\n".join([*entries, more]))
         new.chmod(0o600)
         new.replace(self.key_file)
+
+    def session(self, name: str) -> httpx.Cookies:
+        """The cookies of a key's session, which all tests share.
+
+        It is begun from an address that no browser uses: the logins of one address are limited.
+        """
+        if name not in self.sessions:
+            transport = httpx.HTTPTransport(local_address=f"127.0.0.{2 + list(KEYS).index(name)}")
+            with httpx.Client(base_url=self.url, transport=transport, headers={"x-prelude-console": "1"}) as client:
+                client.post("/console/session", json={"key": KEYS[name][0]}).raise_for_status()
+                self.sessions[name] = client.cookies
+        return self.sessions[name]
+
+    def metric(self, name: str) -> float:
+        """The value of a sample of the server's metrics, by its name and labels."""
+        return metric(self.admin.get("/metrics").text, name)
 
     def delete_leftovers(self) -> None:
         while self.leftovers:
@@ -123,10 +144,12 @@ class Visitor:
 
     def close(self) -> None:
         """Close the browser, whose pages have stored nothing."""
-        for page in self.context.pages:
-            if page.url.startswith(f"{self.server.url}/console"):
-                assert page.evaluate(KEPT) == []
-        self.context.close()
+        try:
+            for page in self.context.pages:
+                if page.url.startswith(f"{self.server.url}/console"):
+                    assert page.evaluate(KEPT) == []
+        finally:
+            self.context.close()
 
     def page(self, where: str = "") -> Page:
         """Open a view, such as ``#/prompts``."""
@@ -136,12 +159,11 @@ class Visitor:
         return page
 
     def login(self, name: str = "admin", where: str = "#/prompts") -> Page:
-        """Go to a view with the session of a key: the form is used once a key, as logins a minute are limited."""
-        if name not in self.server.sessions:
-            page = self.login_by_form(name, where)
-            self.server.sessions[name] = self.context.storage_state()
-            return page
-        self.context.set_storage_state(self.server.sessions[name])
+        """Go to a view with the session of a key."""
+        for cookie, value in self.server.session(name).items():
+            self.context.add_cookies(
+                [{"name": cookie, "value": value, "url": self.server.url, "httpOnly": True, "sameSite": "Strict"}]
+            )
         page = self.page(where)
         expect(page.get_by_role("navigation", name="Pages")).to_be_visible()
         return page

@@ -3,7 +3,8 @@ import { effect, signal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import { lacking, me } from "./session";
 
-export type EventName = "server" | "live" | "pool" | "stats" | "catalog" | "job";
+/** What a listener may hear of: the server's events, and `open` when a stream begins. */
+export type EventName = "open" | "server" | "live" | "pool" | "stats" | "catalog" | "job";
 
 /** The topics that the open page needs besides the catalog's changes. */
 export const wanted = signal<string>("");
@@ -13,7 +14,7 @@ const isHidden = signal(document.hidden);
 
 type Listener = (data: unknown) => void;
 const listeners = new Map<EventName, Set<Listener>>();
-const NAMES: EventName[] = ["server", "live", "pool", "stats", "catalog", "job"];
+const NAMES = ["server", "live", "pool", "stats", "catalog", "job"] as const;
 const RETRY_MS = 3000;
 
 /** Call `listener` for each event of a name; returns a function that ends this. */
@@ -35,8 +36,6 @@ function tell(name: EventName, data: unknown): void {
   listeners.get(name)?.forEach((listen) => listen(data));
 }
 
-let wasOpen = false;
-
 function open(topics: string): () => void {
   let retry: ReturnType<typeof setTimeout> | undefined;
   let source: EventSource;
@@ -44,9 +43,9 @@ function open(topics: string): () => void {
     source = new EventSource(`/v1/events?topics=${topics}`);
     for (const name of NAMES) source.addEventListener(name, (event) => tell(name, JSON.parse((event as MessageEvent<string>).data)));
     source.onopen = () => {
-      // What changed while no stream was open, such as when the page was hidden, is in none of its events.
-      if (wasOpen && !lacking("prompts:read")) tell("catalog", { id: null });
-      wasOpen = true;
+      // What changed before is in none of its events, but may have changed after it was read: it is read again.
+      tell("open", null);
+      if (!lacking("prompts:read")) tell("catalog", { id: null });
     };
     source.onerror = () => {
       tell("server", null);

@@ -1,8 +1,9 @@
 // A page of evaluations or training runs: the list, newest first, with the chosen one beside it.
 import type { ComponentChildren } from "preact";
-import { useState } from "preact/hooks";
+import { useEffect, useState } from "preact/hooks";
 import { useLoad } from "../ui/load";
 import { Button, Card, Chip, ErrorNote, Loading, Swatch } from "../ui/parts";
+import { onEvent } from "./events";
 import { type Job, merged, useJobs } from "./jobs";
 
 /** The number of entries that are read at once. */
@@ -30,6 +31,7 @@ export function useJobList<T extends Job>(object: string, key: string, read: (af
   const [older, setOlder] = useState<{ key: string; pages: Page<T>[] }>({ key, pages: [] });
   const changed = useJobs<T>(object);
   const { data, error, reload } = useLoad(key, (signal) => read(null, signal));
+  useEffect(() => onEvent("open", reload), []);
   const pages = [...(data ? [data] : []), ...(older.key === key ? older.pages : [])];
   const last = pages.at(-1);
   const jobs = merged(

@@ -100,7 +100,7 @@ export async function ask(question: Question): Promise<void> {
       if (abort === mine) run.value = { ...state, answers: answers.map((answer) => ({ ...answer })) };
     });
   };
-  show();
+  run.value = { ...state }; // at once: until then the answers of the last question would seem to be those of this one
   try {
     const requests = requestsOf(question);
     if (question.mode === "classify")
