@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, suppress
 from dataclasses import replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
 
@@ -168,6 +169,7 @@ def create_app(
     observers = [log_request, services.load.observe, *([] if tracer is None else [tracer.observe])]
     app = FastAPI(
         title="Prelude",
+        version=metadata.version("prelude-server"),
         description="One frozen model with many soft prompts in one batch, over an OpenAI-compatible API.",
         lifespan=lambda app: _lifespan(
             services,

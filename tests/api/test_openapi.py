@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Any
 
 import httpx
@@ -18,6 +19,10 @@ async def document(client: httpx.AsyncClient) -> dict[str, Any]:
 
 def operations(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     return [(method, path, one) for path, item in document["paths"].items() for method, one in item.items()]
+
+
+async def test_the_version_is_the_servers(document: dict[str, Any]) -> None:
+    assert document["info"]["version"] == metadata.version("prelude-server")
 
 
 async def test_every_field_and_parameter_is_described(document: dict[str, Any]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -41,6 +42,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs Chromium: apt-get install chromium"))
 
 
+@contextmanager
+def started(factory: pytest.TempPathFactory, folder: Path, *flags: str) -> Iterator[httpx.Client]:
+    """Run a server until the block ends.
+
+    The workers start theirs one after the other: in a new checkout, the first one compiles kernels for minutes, and
+    the others find them.
+    """
+    with ExitStack() as stack:
+        with (factory.getbasetemp().parent / "start.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            client, _ = stack.enter_context(serving(folder, *flags))
+        yield client
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ConsoleServer]:
     """A server of the embedded model with the four embedded soft prompts, one of which has two versions."""
@@ -49,7 +64,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ConsoleServer]:
     found.write_keys()
     # One thread: two of these servers and their browsers share the machine.
     flags = ("--dtype", "float32", "--num-threads", "1", "--max-num-seqs", "32")
-    with serving(folder / "server", *flags, "--api-key-file", str(found.key_file)) as (client, _):
+    with started(tmp_path_factory, folder / "server", *flags, "--api-key-file", str(found.key_file)) as client:
         found.url = str(client.base_url).rstrip("/")
         found.admin = client
         client.headers.update(bearer(KEYS["admin"][0]))
@@ -71,7 +86,7 @@ def keyless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     folder = tmp_path_factory.mktemp("keyless")
     open_store(folder / "store").close()
     register(f"sqlite:///{folder / 'store' / CATALOG_FILE}", MANY)
-    with serving(folder, "--dtype", "float32", "--num-threads", "1") as (client, _):
+    with started(tmp_path_factory, folder, "--dtype", "float32", "--num-threads", "1") as client:
         upload(client, "sentiment", *adapter("sentiment")).raise_for_status()
         yield client
 

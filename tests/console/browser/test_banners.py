@@ -63,6 +63,7 @@ def page(browser: Browser) -> Iterator[Page]:
     context.close()
 
 
+@pytest.mark.usefixtures("server")  # whose start has compiled the kernels, in a new checkout for minutes
 def test_banners_through_the_life_of_a_server(page: Page, tmp_path: Path) -> None:
     banner = page.get_by_role("alert")
     with postgres_url() as catalog, started(tmp_path, catalog) as (url, process):

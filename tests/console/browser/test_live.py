@@ -24,7 +24,7 @@ HUES = """([selector, count]) => {
   const found = [...document.querySelectorAll(selector)];
   return new Set(found.map(one => one.style.getPropertyValue('--h'))).size === count;
 }"""
-"""Whether so many colours are shown at once. They are waited for: a row may be gone between two requests."""
+"""Whether ``count`` colours are shown at once. Tests wait for it: a row may be gone between two requests."""
 
 TEXT = "The strap was never shoddy, but the zipper broke on day two. "
 

@@ -273,7 +273,7 @@ def test_a_conflict_says_who_was_faster(visit: Visit, server: ConsoleServer, pro
     page.route("**/aliases/canary*", delete)
     button(page, "Promote 1 → canary").click()
     expect(page.get_by_role("alert")).to_be_visible()
-    expect(page.get_by_text("admin deleted the alias canary")).to_be_visible()
+    expect(page.get_by_role("dialog").get_by_text("admin deleted the alias canary")).to_be_visible()
     button(page, "Show what is there now").click()
     expect(page.get_by_role("dialog")).to_have_count(0)
 
@@ -302,6 +302,18 @@ def test_delete_a_prompt_and_restore_it(admin: Page, prompt: str) -> None:
     expect(admin.get_by_role("heading", name="Prompts", level=1)).to_be_visible()
     button(admin, "Undo").click()
     expect(admin.get_by_role("heading", name=prompt, level=1)).to_be_visible()
+
+
+def test_a_version_is_tried_beside_the_latest_one_and_its_evaluations_are_near(admin: Page, prompt: str) -> None:
+    for version, members in ((2, [prompt, f"{prompt}@2"]), (1, [prompt])):
+        open_prompt(admin, prompt, version)
+        expect(admin.get_by_role("region", name=f"Version {version}", exact=True)).to_be_visible()
+        admin.get_by_role("link", name="Open in playground").click()
+        expect(admin.get_by_role("heading", name="Playground", level=1)).to_be_visible()
+        expect(admin.locator(".member")).to_have_text(members)
+    open_prompt(admin, prompt)
+    admin.get_by_role("link", name="See evaluations").click()
+    expect(admin.get_by_role("link", name=f"of {prompt}: show all")).to_be_visible()
 
 
 def test_inspect_names_the_nearest_tokens(admin: Page) -> None:

@@ -126,7 +126,7 @@ function ResidentCard({ engine }: { engine: Engine }) {
             </span>
           </li>
         ))}
-        {others > 0 && <li class="dim3">{count(others)} of other tenants</li>}
+        {others > 0 && <li class="dim3">{count(others)} not used yet, or of other tenants</li>}
       </ul>
     </Card>
   );

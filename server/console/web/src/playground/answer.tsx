@@ -117,9 +117,12 @@ function Candidates({ token }: { token: Token }) {
   );
 }
 
+/** Fewer tokens than this may have arrived together: they say nothing of the speed. */
+const MIN_TIMED = 8;
+
 /** Tokens a second after the first one; null if that is not known. */
 function speed({ timings, tokens }: Answer): number | null {
-  return timings?.decode_seconds && tokens.length > 1 ? (tokens.length - 1) / timings.decode_seconds : null;
+  return timings?.decode_seconds && tokens.length >= MIN_TIMED ? (tokens.length - 1) / timings.decode_seconds : null;
 }
 
 function Footer({ answer }: { answer: Answer }) {

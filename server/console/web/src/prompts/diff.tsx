@@ -69,7 +69,7 @@ function Moved({ diff, label }: { diff: Diff; label: string }) {
         {plural(tokens.length, "virtual token")} in both; cosine {decimals(mean)} on average. Token {furthest.index} differs most: cosine {decimals(furthest.cosine)}, norm {decimals(furthest.norm_before, 2)} → {decimals(furthest.norm_after, 2)}. The higher a bar, the further the token has moved.
       </p>
       <Scroll label={label}>
-        <div class={`strip ${kind}`} style={style} role="list">
+        <div class={`strip wraps ${kind}`} style={style} role="list">
           {tokens.slice(0, MAX_BARS).map((token) => (
             <div key={token.index} class="vt" role="listitem" title={`token ${token.index}: cosine ${decimals(token.cosine)}, norm ${decimals(token.norm_before, 2)} → ${decimals(token.norm_after, 2)}`}>
               <span class="h">

@@ -9,6 +9,7 @@ import { ago, bytes, date, method, plural } from "../ui/format";
 import { useLoad } from "../ui/load";
 import { Button, Card, Chip, Empty, ErrorNote, Loading, Segments, Swatch } from "../ui/parts";
 import { colourOf } from "../ui/colours";
+import { Icon } from "../ui/icons";
 import { actorOf, changeText } from "./changes";
 import { DeleteDialog } from "./delete";
 import { DiffCard } from "./diff";
@@ -37,6 +38,11 @@ export async function readDetails(name: string, signal: AbortSignal): Promise<De
 /** The aliases that point at a version. */
 export function aliasesOf(prompt: Prompt, version: number): string[] {
   return Object.keys(prompt.aliases).filter((alias) => prompt.aliases[alias] === version);
+}
+
+/** What the playground compares: the version that the bare name means, and the one that is looked at. */
+function besideLatest({ id, aliases: { latest } }: Prompt, version: number): string[] {
+  return [...(latest === undefined ? [] : [id]), ...(latest === version ? [] : [`${id}@${version}`])];
 }
 
 type Open = { kind: "promote"; version: number } | { kind: "rollback" } | { kind: "rollout"; alias: string } | { kind: "delete"; version?: number } | null;
@@ -70,6 +76,12 @@ export function PromptPage({ name }: { name: string }) {
         <h1>{name}</h1>
         <Chip>{method(prompt.latest.peft_type)}</Chip>
         <span class="grow" />
+        <a class="btn" href={href(["playground"], { with: besideLatest(prompt, version.version).join(",") })}>
+          <Icon name="playground" /> Open in playground
+        </a>
+        <a class="btn" href={href(["evaluations"], { prompt: name })}>
+          <Icon name="evaluations" /> See evaluations
+        </a>
         <Button icon="upload" needs="prompts:write" onClick={() => (location.hash = href(["upload"], { id: name }))}>
           Upload a version
         </Button>
