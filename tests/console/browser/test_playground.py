@@ -71,7 +71,7 @@ def test_four_soft_prompts_answer_in_one_batch_as_they_do_alone(visitor: Visitor
     assert not [url for url in visitor.watch.urls if "strap" in url]
     assert "strap" not in page.url
     assert barriers(page) == []
-    picture(page, "playground-light-wide")
+    picture(page, "answers-light-wide")
 
 
 def test_the_candidates_of_a_token_are_shown_by_pointer_and_keyboard(visitor: Visitor) -> None:
