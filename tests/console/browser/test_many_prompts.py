@@ -20,6 +20,7 @@ def test_the_list_of_10000_names_is_searched_and_scrolled(browser: Browser, keyl
     page.goto(f"{url}/console")
     rows = page.locator("tbody tr")
     expect(rows).to_have_count(100)
+    assert barriers(page) == []  # of one page of the list, as more pages have the same rows
     for index in (MANY, MANY // 3, 7):
         page.get_by_label("Search", exact=True).fill(name_of(index))
         expect(rows).to_have_count(1)
@@ -32,6 +33,5 @@ def test_the_list_of_10000_names_is_searched_and_scrolled(browser: Browser, keyl
         page.wait_for_function("before => document.querySelectorAll('tbody tr').length >= before + 100", arg=before)
     names = page.locator("tbody td:first-child a").all_inner_texts()
     assert names == sorted(set(names))
-    assert barriers(page) == []
     context.close()
     watch.check()
