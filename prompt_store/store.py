@@ -22,6 +22,7 @@ from prompt_store.errors import BlobNotFoundError, CorruptBlobError, PromptNotFo
 from prompt_store.formats import PromptFormat
 from prompt_store.jobs.jobs import Jobs
 from prompt_store.leases import Leases
+from prompt_store.limits.shared_limits import SharedLimits
 from prompt_store.registry import Registry
 from prompt_store.rollouts import NO_ROLLOUT, Rollout
 from prompt_store.types import (
@@ -64,6 +65,7 @@ class PromptStore:
     Attributes:
         registry: Corrections, history and use of all names.
         jobs: Evaluations and training runs.
+        shared_limits: What all servers have used of the limits of keys; None for a catalog of one process.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class PromptStore:
         self._cached = CachedCatalog(catalog)
         self.registry = Registry(catalog, self._cached)
         self.jobs = Jobs(catalog, self._cached)
+        self.shared_limits = SharedLimits(catalog, self._cached) if catalog.is_shared else None
         self._leases = Leases(blobs, self._collector)
         try:
             self._collector.try_to_collect()  # blobs that a killed process put and did not name
@@ -275,12 +278,8 @@ class PromptStore:
     def tier_stats(self) -> list[TierStats]:
         """Size and counters of each blob tier. A tier with all blobs has the size of the last ``totals``."""
         totals = self._cached.last_totals
-        return [
-            replace(tier, resident=totals.num_blobs, resident_bytes=totals.blob_bytes)
-            if tier.resident is None
-            else tier
-            for tier in self._blobs.stats()
-        ]
+        known = {"resident": totals.num_blobs, "resident_bytes": totals.blob_bytes}
+        return [replace(tier, **known) if tier.resident is None else tier for tier in self._blobs.stats()]
 
     def get_prompt(self, name: str, access: Access | None = None) -> PromptSummary:
         """A soft prompt with its aliases and newest version; PromptNotFoundError if there is none."""

@@ -173,7 +173,12 @@ def create_app(
         description="One frozen model with many soft prompts in one batch, over an OpenAI-compatible API.",
         lifespan=lambda app: _lifespan(
             services,
-            [services.shadowing.running(app), batches.running(app), evaluations.running(app)],
+            [
+                services.sharing_limits(),
+                services.shadowing.running(app),
+                batches.running(app),
+                evaluations.running(app),
+            ],
             partial(announce, services, partial(_totals, opened), display),
             owns_store=store is None,
             reloader=_reloader(settings.http, keys, services),

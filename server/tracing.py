@@ -1,7 +1,8 @@
 """OpenTelemetry spans of requests, with the attributes of the GenAI conventions. They contain no text.
 
 The spans are written when a request has ended, from the same record as its log line: a server span, with the children
-``queue``, ``prefill`` and ``decode`` as far as the request got. The attributes are those of
+``queue``, ``prefill`` and ``decode`` as far as the request got. The ingress of a cluster writes a span around it. The
+attributes are those of
 https://opentelemetry.io/docs/specs/semconv/gen-ai/, and vLLM's ``gen_ai.latency.*`` for latencies.
 """
 
@@ -36,8 +37,7 @@ class RequestTracer:
     """
 
     def __init__(self, processor: SpanProcessor) -> None:
-        self._provider = TracerProvider(resource=Resource.create({"service.name": "prelude"}), shutdown_on_exit=False)
-        self._provider.add_span_processor(processor)
+        self._provider = _provider("prelude", processor)
         self._tracer = self._provider.get_tracer("prelude")
         self._propagator = TraceContextTextMapPropagator()
 
@@ -51,13 +51,7 @@ class RequestTracer:
         Raises:
             ConfigurationError: If OpenTelemetry is not installed, or the endpoint is not a URL.
         """
-        if not has_opentelemetry:
-            raise ConfigurationError(
-                "--otlp-traces-endpoint needs OpenTelemetry: pip install 'prelude-server[tracing]'"
-            )
-        if not endpoint.startswith(("http://", "https://")):
-            raise ConfigurationError(f"--otlp-traces-endpoint: {endpoint!r} is not an http:// or https:// URL")
-        return cls(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_SECONDS)))
+        return cls(_processor(endpoint))
 
     def observe(self, record: RequestRecord) -> None:
         """Write the spans of a request that has ended."""
@@ -98,6 +92,91 @@ class RequestTracer:
             if seconds is not None:
                 span = self._tracer.start_span(name, context=context, start_time=_at(record, start))
                 span.end(_at(record, start + seconds))
+
+
+class IngressSpan:
+    """The span of one request at the ingress of a cluster.
+
+    Attributes:
+        headers: ``traceparent``, and ``tracestate`` if there is one, for the replica: its spans are children.
+
+    Args:
+        span: The span, which has begun.
+    """
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+        self.headers: dict[str, str] = {}
+        TraceContextTextMapPropagator().inject(self.headers, set_span_in_context(span))
+
+    def end(self, *, status: int, base: str, replica: str) -> None:
+        """Write the span.
+
+        Args:
+            status: HTTP status of the answer.
+            base: The base model; empty if that was not found out.
+            replica: The replica that was chosen last; empty if there was none.
+        """
+        self._span.set_attribute("http.response.status_code", status)
+        for name, value in (("prelude.base", base), ("prelude.replica", replica)):
+            if value:
+                self._span.set_attribute(name, value)
+        if status >= 500:
+            self._span.set_attribute("error.type", str(status))
+            self._span.set_status(Status(StatusCode.ERROR))
+        self._span.end()
+
+
+class IngressTracer:
+    """Writes the spans of the ingress of a cluster. They contain no text.
+
+    Args:
+        processor: Receives the spans.
+    """
+
+    def __init__(self, processor: SpanProcessor) -> None:
+        self._provider = _provider("prelude-ingress", processor)
+        self._tracer = self._provider.get_tracer("prelude")
+
+    @classmethod
+    def to(cls, endpoint: str) -> IngressTracer:
+        """Create a tracer that sends spans to a collector; arguments and errors are those of ``RequestTracer.to``."""
+        return cls(_processor(endpoint))
+
+    def begin(self, method: str, path: str, headers: Mapping[str, str]) -> IngressSpan:
+        """Begin the span of a request.
+
+        Args:
+            method: Its HTTP method.
+            path: Its path, one of few: it is a part of the span's name.
+            headers: Its ``traceparent`` and ``tracestate``, if it has them; otherwise a trace begins.
+        """
+        return IngressSpan(
+            self._tracer.start_span(
+                f"{method} {path}",
+                context=TraceContextTextMapPropagator().extract(headers),
+                kind=SpanKind.SERVER,
+                attributes={"http.request.method": method, "http.route": path},
+            )
+        )
+
+    def close(self) -> None:
+        """Send the remaining spans, for at most a few seconds."""
+        self._provider.shutdown()
+
+
+def _processor(endpoint: str) -> SpanProcessor:
+    if not has_opentelemetry:
+        raise ConfigurationError("--otlp-traces-endpoint needs OpenTelemetry: pip install 'prelude-server[tracing]'")
+    if not endpoint.startswith(("http://", "https://")):
+        raise ConfigurationError(f"--otlp-traces-endpoint: {endpoint!r} is not an http:// or https:// URL")
+    return BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_SECONDS))
+
+
+def _provider(service: str, processor: SpanProcessor) -> TracerProvider:
+    provider = TracerProvider(resource=Resource.create({"service.name": service}), shutdown_on_exit=False)
+    provider.add_span_processor(processor)
+    return provider
 
 
 def _at(record: RequestRecord, moment: float) -> int:

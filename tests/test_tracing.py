@@ -16,7 +16,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from server import tracing
 from server.api.inference.request_record import RequestRecord
 from server.errors import ConfigurationError
-from server.tracing import RequestTracer
+from server.tracing import IngressTracer, RequestTracer
 from tests.support.presence import present
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -122,11 +122,13 @@ def test_requests_that_the_client_does_not_sample_are_not_exported(
 
 
 def test_a_missing_extra_and_a_bad_url_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigurationError, match="is not an http"):
-        RequestTracer.to("collector:4318")
+    for tracer in (RequestTracer, IngressTracer):
+        with pytest.raises(ConfigurationError, match="is not an http"):
+            tracer.to("collector:4318")
     monkeypatch.setattr(tracing, "has_opentelemetry", False)
-    with pytest.raises(ConfigurationError, match=r"prelude-server\[tracing\]"):
-        RequestTracer.to("http://127.0.0.1:4318/v1/traces")
+    for tracer in (RequestTracer, IngressTracer):
+        with pytest.raises(ConfigurationError, match=r"prelude-server\[tracing\]"):
+            tracer.to("http://127.0.0.1:4318/v1/traces")
 
 
 def test_spans_arrive_at_a_collector() -> None:
@@ -148,10 +150,15 @@ def test_spans_arrive_at_a_collector() -> None:
             tracer = RequestTracer.to(f"http://127.0.0.1:{server.server_port}/v1/traces")
             tracer.observe(made())
             tracer.close()
+            ingress = IngressTracer.to(f"http://127.0.0.1:{server.server_port}/v1/traces")
+            ingress.begin("POST", "/v1/completions", {}).end(status=200, base="demo", replica="r0")
+            ingress.close()
         finally:
             server.shutdown()
             thread.join()
-    ((path, body),) = received
-    assert path == "/v1/traces"
-    assert b"chat intent" in body
-    assert b"secret" not in body
+    assert [path for path, _ in received] == ["/v1/traces"] * 2
+    bodies = [body for _, body in received]
+    assert b"chat intent" in bodies[0]
+    assert b"secret" not in bodies[0]
+    assert b"POST /v1/completions" in bodies[1]
+    assert b"prelude-ingress" in bodies[1]

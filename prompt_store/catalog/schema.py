@@ -227,3 +227,24 @@ training_points = sa.Table(
     sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("numbers", sa.Text, nullable=False),
 )
+# The two tables for the limits of keys are used on PostgreSQL only, whose clock their times are of.
+key_buckets = sa.Table(
+    "key_buckets",
+    metadata,
+    # The name of the key in records, which does not reveal it.
+    sa.Column("key", sa.String(64), primary_key=True),
+    sa.Column("resource", sa.String(16), primary_key=True),
+    # Part of the key: a changed limit starts with a full bucket.
+    sa.Column("per_minute", sa.BigInteger, primary_key=True, autoincrement=False),
+    # When it is full again. A row in the past is a full bucket, and means the same as no row.
+    sa.Column("full_at", sa.BigInteger, nullable=False),
+)
+key_running = sa.Table(
+    "key_running",
+    metadata,
+    sa.Column("key", sa.String(64), primary_key=True),
+    sa.Column("server", sa.String(64), primary_key=True),
+    sa.Column("running", sa.BigInteger, nullable=False),
+    # After this time the server counts as ended.
+    sa.Column("until", sa.BigInteger, nullable=False),
+)

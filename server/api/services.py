@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, Protocol
@@ -17,6 +18,7 @@ from prompt_store.adapters import AdapterLimits
 from prompt_store.types import BaseModelSpec
 from server.api.admission import Admission
 from server.api.keys.keys import ApiKeys
+from server.api.keys.limit_exchange import LimitExchange
 from server.api.live.engine_body import ShownPictures
 from server.api.live.live_names import LiveNames
 from server.api.load import Load
@@ -248,6 +250,13 @@ class Services:
         if self.loaded_tokenizer is None:
             raise EngineNotReadyError("the model is still being loaded")
         return self.loaded_tokenizer
+
+    def sharing_limits(self) -> AbstractAsyncContextManager[None]:
+        """A block in which the limits of keys hold for all servers that share the catalog."""
+        shared, keys = self.store.shared_limits, self.api_keys
+        if shared is None or keys is None:
+            return nullcontext()
+        return LimitExchange(shared, self.store.call, keys, self.metrics).running()
 
     def admission_of(self, *, is_batch: bool) -> Admission:
         """The permits of a service tier."""

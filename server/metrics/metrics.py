@@ -179,6 +179,15 @@ class Metrics:
         )
         for outcome in ("success", "failure"):
             self._key_reloads.labels(outcome)
+        self._limit_exchanges = Counter(
+            f"{PREFIX}key_limit_exchanges",
+            "Exchanges of the use of keys' limits among the servers of a shared catalog, by outcome: success, or "
+            "failure (the limits hold for this server alone until one succeeds).",
+            ["outcome"],
+            registry=self._registry,
+        )
+        for outcome in ("success", "failure"):
+            self._limit_exchanges.labels(outcome)
         self._latencies = Latencies(self._registry)
         self._batch_latencies = Latencies(self._registry, tier="batch_tier_", of=", in the service tier batch")
         build = Gauge(
@@ -249,6 +258,10 @@ class Metrics:
     def count_key_reload(self, outcome: str) -> None:
         """Count a reload of the API key file: ``success`` or ``failure``."""
         self._key_reloads.labels(outcome).inc()
+
+    def count_limit_exchange(self, outcome: str) -> None:
+        """Count an exchange of the use of keys' limits: ``success`` or ``failure``."""
+        self._limit_exchanges.labels(outcome).inc()
 
     def of_tier(self, *, is_batch: bool) -> Latencies:
         """The histograms of a service tier."""

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from server.api.keys.callers import Caller
 from server.api.keys.key_file import Key, parse_plain, read_keys
+from server.api.keys.limits import KeyLimiter, Limits
 from server.config import HttpSettings
 from server.errors import AuthenticationError, ConfigurationError
 from server.metrics.metrics import Metrics
@@ -75,6 +76,7 @@ class ApiKeys:
     def __init__(self, keys: Sequence[Key]) -> None:
         self._keys = tuple(keys)
         self._uses: dict[bytes, KeyUse] = {}
+        self._are_limits_shared = False
         self.last_reload: Reload | None = None
 
     def __len__(self) -> int:
@@ -129,6 +131,20 @@ class ApiKeys:
         """The caller whose key has this name; None if there is none."""
         return next((key.caller for key in self._keys if key.caller.name == name), None)
 
+    def share_limits(self) -> None:
+        """Count the limits of all keys, also of later ones, together with other servers."""
+        self._are_limits_shared = True
+        for limiter in self.limiters().values():
+            limiter.share()
+
+    def limiters(self) -> dict[str, KeyLimiter]:
+        """The limiters of the keys that have limits, by the names of the keys in records."""
+        return {
+            key.caller.name: key.caller.limiter
+            for key in self._keys
+            if key.caller.name is not None and key.caller.limiter.limits != Limits()
+        }
+
     def replace(self, keys: Sequence[Key]) -> None:
         """Accept these keys from the next request on; running requests continue.
 
@@ -143,6 +159,8 @@ class ApiKeys:
             return replace(key, caller=replace(key.caller, limiter=old))
 
         self._keys = tuple(map(with_old_limiter, keys))
+        if self._are_limits_shared:
+            self.share_limits()
         kept = {key.digest for key in self._keys}
         self._uses = {digest: use for digest, use in self._uses.items() if digest in kept}
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from server.api.keys.common_bucket import MINUTE, CommonBucket
 from server.errors import RateLimitError
 
-_MINUTE = 60.0
 _BUSY_SECONDS = 1.0
 """``Retry-After`` for too many concurrent requests, because their end is unknown."""
 
@@ -48,6 +48,9 @@ class Left:
 class TokenBucket:
     """Token bucket of one minute, filled evenly. In any T seconds it allows at most ``limit * (1 + T / 60)``.
 
+    Attributes:
+        common: The bucket of all servers that share a catalog, which then has to hold an amount as well as this one.
+
     Args:
         limit: Amount per minute; the bucket is full at first.
         clock: Monotonic clock, in seconds.
@@ -55,6 +58,7 @@ class TokenBucket:
 
     def __init__(self, limit: int, clock: Callable[[], float]) -> None:
         self.limit = limit
+        self.common: CommonBucket | None = None
         self._clock = clock
         self._level = float(limit)
         self._filled_at = clock()
@@ -62,29 +66,45 @@ class TokenBucket:
     @property
     def level(self) -> float:
         """The current amount, at most ``limit``; negative if tokens are owed."""
+        own, common = self._refilled(), None if self.common is None else self.common.level
+        return own if common is None else min(own, common)
+
+    def share(self) -> None:
+        """Count together with other servers from now on."""
+        if self.common is None:
+            self.common = CommonBucket(self.limit, self._clock)
+
+    def _refilled(self) -> float:
         now = self._clock()
-        self._level = min(float(self.limit), self._level + (now - self._filled_at) * self.limit / _MINUTE)
+        self._level = min(float(self.limit), self._level + (now - self._filled_at) * self.limit / MINUTE)
         self._filled_at = now
         return self._level
 
+    def _charge(self, amount: float) -> None:
+        if self.common is not None:
+            self.common.charge(amount)
+
     def seconds_until(self, amount: float) -> float:
         """Seconds until the bucket contains this amount if nothing is taken; 0 if it does now."""
-        return max(0.0, amount - self.level) * _MINUTE / self.limit
+        return max(0.0, amount - self.level) * MINUTE / self.limit
 
     def take(self, amount: int) -> None:
         """Take an amount that the bucket contains; check it first."""
-        level = self.level
-        if amount > level:
+        if amount > self.level:
             raise RuntimeError("more was taken than the bucket holds")
-        self._level = level - amount
+        self._level -= amount
+        self._charge(amount)
 
     def give_back(self, amount: int) -> None:
         """Return unused tokens; the level does not exceed the limit."""
-        self._level = min(float(self.limit), self.level + amount)
+        self._level = min(float(self.limit), self._refilled() + amount)
+        self._charge(-amount)
 
     def overdraw(self, amount: int) -> None:
         """Take tokens that were used already, even if the bucket is empty; it owes at most one minute's tokens."""
-        self._level = max(-float(self.limit), self.level - amount)
+        owed = max(0.0, min(float(amount), self.level + self.limit))
+        self._level = max(-float(self.limit), self._refilled() - amount)
+        self._charge(owed)
 
 
 class Allowance:
@@ -166,7 +186,7 @@ class Allowance:
             raise RateLimitError(
                 f"the request may take {tokens} tokens, prompt and max_tokens together, and this API key has "
                 f"{bucket.limit} a minute: ask for fewer",
-                retry_after=_MINUTE,
+                retry_after=MINUTE,
                 is_hopeless=True,
             )
         if seconds := bucket.seconds_until(tokens):
@@ -180,6 +200,10 @@ class Allowance:
 class KeyLimiter:
     """Enforces the limits of one key. Used on the event loop only, so it needs no lock.
 
+    Attributes:
+        num_running: Accepted requests that have not ended.
+        num_elsewhere: The same on the other servers that share the catalog, as of the last exchange with it.
+
     Args:
         limits: The limits.
         clock: Monotonic clock, in seconds.
@@ -188,8 +212,21 @@ class KeyLimiter:
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
         self.num_running = 0
+        self.num_elsewhere = 0
         self._requests = limits.requests_per_minute and TokenBucket(limits.requests_per_minute, clock)
         self._tokens = limits.tokens_per_minute and TokenBucket(limits.tokens_per_minute, clock)
+
+    def share(self) -> None:
+        """Count together with other servers from now on."""
+        for bucket in (self._requests, self._tokens):
+            if bucket:
+                bucket.share()
+
+    @property
+    def common(self) -> dict[str, CommonBucket]:
+        """The buckets that it shares with other servers, by what they count: ``requests`` and ``tokens``."""
+        buckets = {"requests": self._requests, "tokens": self._tokens}
+        return {what: bucket.common for what, bucket in buckets.items() if bucket and bucket.common}
 
     @contextmanager
     def admitted(self, *, takes_tokens: bool = True) -> Iterator[Allowance]:
@@ -202,7 +239,7 @@ class KeyLimiter:
             RateLimitError: If a limit is exceeded, or earlier requests owe tokens; has the time until it is not.
         """
         limits = self.limits
-        if limits.max_concurrency is not None and self.num_running >= limits.max_concurrency:
+        if limits.max_concurrency is not None and self._num_running_in_all >= limits.max_concurrency:
             raise RateLimitError(
                 f"this API key may have {limits.max_concurrency} requests at once, and has", retry_after=_BUSY_SECONDS
             )
@@ -225,6 +262,16 @@ class KeyLimiter:
         finally:
             self.num_running -= 1
             allowance.settle()
+
+    @property
+    def _num_running_in_all(self) -> int:
+        return self.num_running + self.num_elsewhere
+
+    @property
+    def places_left(self) -> int | None:
+        """Requests that could be accepted beside those that run; None is unlimited."""
+        most = self.limits.max_concurrency
+        return None if most is None else max(0, most - self._num_running_in_all)
 
     @property
     def left(self) -> dict[str, Left]:

@@ -209,14 +209,12 @@ def _kv_cache(services: Services, model: ModelInfo) -> KVCacheBody:
 
 
 def _limits_left(caller: Caller) -> LimitsLeft:
-    limiter, left = caller.limiter, caller.limiter.left
-    most = limiter.limits.max_concurrency
+    left, places = caller.limiter.left, caller.limiter.places_left
+    most = caller.limiter.limits.max_concurrency
     return LimitsLeft(
         requests_per_minute=_per_minute(left.get("requests")),
         tokens_per_minute=_per_minute(left.get("tokens")),
-        max_concurrency=None
-        if most is None
-        else ConcurrencyLeft(limit=most, remaining=max(0, most - limiter.num_running)),
+        max_concurrency=None if most is None or places is None else ConcurrencyLeft(limit=most, remaining=places),
     )
 
 

@@ -14,6 +14,7 @@ from prompt_store.blobs.staging import Upload
 from prompt_store.catalog.watch import CatalogStatus
 from prompt_store.changes import Deletion
 from prompt_store.jobs.jobs import Evaluations, TrainingRuns
+from prompt_store.limits.shared_limits import SharedLimits
 from prompt_store.registry import Registry
 from prompt_store.store import PromptStore
 from prompt_store.types import Access, LeasedPrompt, PromptRef
@@ -82,6 +83,11 @@ class AsyncPromptStore:
     def runs(self) -> TrainingRuns:
         """Kept training runs; run its methods through ``call``."""
         return self._store.jobs.runs
+
+    @property
+    def shared_limits(self) -> SharedLimits | None:
+        """What all servers have used of the limits of keys, if they share the catalog; its methods block, too."""
+        return self._store.shared_limits
 
     @property
     def status(self) -> CatalogStatus:

@@ -28,7 +28,13 @@ from server.cluster.ingress.heads import RequestHead, names_in_body, read_head
 from server.cluster.ingress.merging import merged_metrics, merged_models
 from server.cluster.ingress.replicas import Address, Replicas, Wish
 from server.cluster.ingress.resolver import Resolver, Route
-from server.cluster.ingress.upstream import Exchange, ReplicaLostError, ReplicaUnreachableError, RequestBody
+from server.cluster.ingress.upstream import (
+    TRACE_HEADERS,
+    Exchange,
+    ReplicaLostError,
+    ReplicaUnreachableError,
+    RequestBody,
+)
 from server.errors import (
     AuthenticationError,
     EngineDeadError,
@@ -37,6 +43,7 @@ from server.errors import (
     PermissionDeniedError,
 )
 from server.logs import FIELDS
+from server.tracing import IngressSpan, IngressTracer
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +137,7 @@ class Door:
         signer: Signs callers for the replicas.
         http: Connections to the replicas.
         settings: The settings.
+        tracer: Writes a span for each request that uses a model; None passes the headers of traces on.
     """
 
     def __init__(
@@ -140,6 +148,7 @@ class Door:
         signer: CallerSigner,
         http: aiohttp.ClientSession,
         settings: DoorSettings,
+        tracer: IngressTracer | None = None,
     ) -> None:
         self._replicas = replicas
         self._resolver = resolver
@@ -147,6 +156,7 @@ class Door:
         self._signer = signer
         self._http = http
         self._settings = settings
+        self._tracer = tracer
         self.metrics = DoorMetrics()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -189,6 +199,13 @@ class Door:
             target=target_of(scope["raw_path"], scope["query_string"]),
             request_id=request_id,
         )
+
+    def begin_span(self, scope: Scope, headers: Mapping[bytes, bytes]) -> IngressSpan | None:
+        """The span of a request; None for one that is not traced."""
+        if self._tracer is None or not names_in_body(scope["method"], scope["path"]):
+            return None
+        found = {name.decode(): headers[name].decode("latin-1") for name in TRACE_HEADERS if name in headers}
+        return self._tracer.begin(scope["method"], scope["path"], found)
 
     async def route(self, head: RequestHead, caller: Caller | None) -> Route:
         """Where a request goes."""
@@ -333,6 +350,7 @@ class _Call:
         self._started = False
         self._base = ""
         self._replica = ""
+        self._span = door.begin_span(scope, headers)
 
     async def run(self) -> None:
         """Answer, or report what is wrong."""
@@ -392,6 +410,7 @@ class _Call:
                 self._send,
                 signature=signature,
                 request_id=self._request_id,
+                trace={} if self._span is None else self._span.headers,
                 on_answer=lambda load: fleet.answered(address.name, load),
             )
             try:
@@ -415,6 +434,8 @@ class _Call:
         await response(self._scope, self._receive, self._send)
 
     def _log(self) -> None:
+        if self._span is not None:
+            self._span.end(status=self._status, base=self._base, replica=self._replica)
         self._door.metrics.requests.labels(self._base, self._status).inc()
         level = logging.DEBUG if self._scope["path"] in _POLLED else logging.INFO
         seconds = time.monotonic() - self._began

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import suppress
 
 import aiohttp
@@ -39,6 +39,8 @@ _OF_A_CONNECTION = frozenset(
     }
 )
 """Headers that concern one connection only (RFC 9110, 7.6.1), and what the door has already answered."""
+
+TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})
 
 _END_OF_EVENT = b"\n\n"
 
@@ -157,6 +159,7 @@ class Exchange:
         send: The ASGI channel of the answer.
         signature: Signs it, by X-Request-ID.
         request_id: Value of X-Request-ID.
+        trace: Headers of the trace, in place of those of the request; empty leaves them.
         on_answer: Called with the replica's load when it begins to answer.
     """
 
@@ -169,6 +172,7 @@ class Exchange:
         *,
         signature: str,
         request_id: str,
+        trace: Mapping[str, str],
         on_answer: Callable[[int], None],
     ) -> None:
         self._http = http
@@ -177,6 +181,7 @@ class Exchange:
         self._send = send
         self._signature = signature
         self._request_id = request_id
+        self._trace = trace
         self._on_answer = on_answer
         self.started = False
 
@@ -220,11 +225,13 @@ class Exchange:
 
     def _headers(self) -> CIMultiDict[str]:
         dropped = {*_OF_A_CONNECTION, *_named_by_connection(self._scope["headers"]), INGRESS_HEADER.encode()}
+        dropped |= TRACE_HEADERS if self._trace else set()
         headers = CIMultiDict[str](
             (name.decode("latin-1"), value.decode("latin-1"))
             for name, value in self._scope["headers"]
             if name not in dropped and name not in (b"x-request-id", REPLICA_HEADER)
         )
+        headers.update(self._trace)
         headers["x-request-id"] = self._request_id
         headers[INGRESS_HEADER] = self._signature
         return headers

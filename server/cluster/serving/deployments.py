@@ -36,6 +36,7 @@ from server.cluster.replica.arguments import app_name, environment_of, secrets_o
 from server.cluster.replica.process import Place, Report, ServerProcess
 from server.cluster.routing.ranking import ReplicaRanking, short
 from server.errors import EngineStartError, NotFoundError
+from server.tracing import IngressTracer
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,10 @@ class Ingress:
         self._stack.callback(resolver.close)
         http = await self._stack.enter_async_context(http_session())
         is_guarded = self._keys is None and is_loopback(config.host)
+        endpoint = config.otlp_traces_endpoint
+        tracer = None if endpoint is None else IngressTracer.to(endpoint)
+        if tracer is not None:
+            self._stack.push_async_callback(asyncio.to_thread, tracer.close)
         door = Door(
             replicas,
             resolver,
@@ -145,6 +150,7 @@ class Ingress:
                 open_metrics=config.open_metrics,
                 hosts=Hosts.parse(config.allowed_host, is_guarded=is_guarded),
             ),
+            tracer,
         )
         self._socket = _listen(config.host, config.port)
         self._server = uvicorn.Server(_uvicorn_config(door, config))

@@ -11,7 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from aiohttp import web
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
 
+from server.api.inference.request_record import RequestRecord
 from server.api.keys.key_file import parse_plain
 from server.api.keys.keys import ApiKeys
 from server.api.keys.signed_callers import INGRESS_HEADER, LOAD_HEADER, CallerKind, CallerSigner
@@ -20,6 +25,8 @@ from server.cluster.ingress.replicas import Address, SharedFleet, Wish
 from server.cluster.ingress.resolver import Resolver
 from server.cluster.ingress.upstream import http_session
 from server.cluster.routing.ranking import ReplicaRanking
+from server.tracing import IngressTracer, RequestTracer
+from tests.support.presence import present
 from tests.support.waiting import until
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -101,7 +108,11 @@ class Client:
 
 @asynccontextmanager
 async def door(
-    *handlers: Handler, keys: tuple[str, ...] = (), dead: bool = False, digests: dict[str, str] | None = None
+    *handlers: Handler,
+    keys: tuple[str, ...] = (),
+    dead: bool = False,
+    digests: dict[str, str] | None = None,
+    tracer: IngressTracer | None = None,
 ) -> AsyncIterator[SimpleNamespace]:
     async with AsyncExitStack() as stack:
         addresses = []
@@ -121,7 +132,7 @@ async def door(
         stack.callback(resolver.close)
         http = await stack.enter_async_context(http_session())
         known = ApiKeys(parse_plain((f"key {key}", key) for key in keys)) if keys else None
-        made = Door(replicas, resolver, known, SIGNER, http, DoorSettings(max_body_bytes=1000))
+        made = Door(replicas, resolver, known, SIGNER, http, DoorSettings(max_body_bytes=1000), tracer)
         yield SimpleNamespace(door=made, replicas=replicas, client=lambda: Client(made))
 
 
@@ -138,7 +149,8 @@ async def echo(request: web.Request) -> web.StreamResponse:
         target=request.raw_path.encode(),
         request_id=request.headers["x-request-id"],
     )
-    seen = {"size": len(body), "kind": signed.kind, "key": signed.key, "trace": request.headers.get("traceparent")}
+    trace = request.headers.getall("traceparent", [])
+    seen = {"size": len(body), "kind": signed.kind, "key": signed.key, "trace": trace}
     headers = {"retry-after": "7", "retry-after-ms": "6500", LOAD_HEADER: "5", "x-request-id": "from-replica"}
     return web.json_response(seen | {"host": request.headers["host"]}, status=429, headers=headers)
 
@@ -153,7 +165,7 @@ def test_an_answer_passes_unchanged() -> None:
             assert (client.headers["x-request-id"], client.headers["x-prelude-replica"]) == ("from-replica", "r0")
             assert LOAD_HEADER not in client.headers
             seen = json.loads(client.body)
-            assert seen == {"size": 3_500_000, "kind": "unknown", "key": "", "trace": trace, "host": "localhost"}
+            assert seen == {"size": 3_500_000, "kind": "unknown", "key": "", "trace": [trace], "host": "localhost"}
             assert there.replicas.shared.states()[0].load == 4  # as the replica said, without the request that ended
 
     asyncio.run(run())
@@ -262,5 +274,74 @@ def test_metrics_of_all_replicas_have_a_label() -> None:
             assert 'prelude_x{replica="r0"} 1.0\nprelude_x{replica="r1"} 1.0' in text
             assert "prelude_ingress_requests_running 1.0" in text
             assert (await there.client().ask("/ready", method="GET")).status == 200
+
+    asyncio.run(run())
+
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+
+
+def parent_of(span: ReadableSpan) -> str | None:
+    return None if span.parent is None else f"{span.parent.span_id:016x}"
+
+
+def test_the_spans_of_a_replica_are_children_of_the_span_of_the_ingress() -> None:
+    exporter = InMemorySpanExporter()
+
+    async def run() -> None:
+        async with door(echo, tracer=IngressTracer(SimpleSpanProcessor(exporter))) as there:
+            body = b'{"prompt": "a secret"}'
+            caller = f"00-{TRACE}-b7ad6b7169203331-01"
+            client = await there.client().ask("/v1/completions", body, traceparent=caller, tracestate="x=1")
+            (passed,) = json.loads(client.body)["trace"]
+            record = RequestRecord(
+                request_id="r", method="POST", path="/v1/completions", traceparent=passed, operation="chat", model="m"
+            )
+            RequestTracer(SimpleSpanProcessor(exporter)).observe(record)
+            ours, replicas = exporter.get_finished_spans()
+            assert {f"{span.context.trace_id:032x}" for span in (ours, replicas)} == {TRACE}
+            assert (ours.name, ours.kind, parent_of(ours)) == ("POST /v1/completions", SpanKind.SERVER, caller[36:52])
+            assert parent_of(replicas) == f"{ours.context.span_id:016x}"
+            assert ours.resource.attributes["service.name"] == "prelude-ingress"
+            assert present(ours.attributes) == {
+                "http.request.method": "POST",
+                "http.route": "/v1/completions",
+                "http.response.status_code": 429,
+                "prelude.base": "demo",
+                "prelude.replica": "r0",
+            }
+
+    asyncio.run(run())
+
+
+def test_a_trace_begins_at_the_ingress_if_the_client_has_none() -> None:
+    exporter = InMemorySpanExporter()
+
+    async def run() -> None:
+        async with door(echo, tracer=IngressTracer(SimpleSpanProcessor(exporter))) as there:
+            for headers in ({}, {"traceparent": "malformed"}):
+                client = await there.client().ask("/v1/completions", b"{}", **headers)
+                span = exporter.get_finished_spans()[-1]
+                (passed,) = json.loads(client.body)["trace"]
+                assert passed[:53] == f"00-{span.context.trace_id:032x}-{span.context.span_id:016x}-"
+                assert (int(passed[53:], 16) & 1, parent_of(span)) == (1, None)
+            unsampled = f"00-{TRACE}-b7ad6b7169203331-00"
+            client = await there.client().ask("/v1/completions", b"{}", traceparent=unsampled)
+            (passed,) = json.loads(client.body)["trace"]
+            assert passed.startswith(f"00-{TRACE}-")
+            assert passed.endswith("-00")  # the client decides what is sampled
+            other = await there.client().ask("/v1/prompts", b"{}", traceparent=unsampled)
+            assert json.loads(other.body)["trace"] == [unsampled]
+            assert len(exporter.get_finished_spans()) == 2
+        async with door(echo, keys=("k",), dead=True, tracer=IngressTracer(SimpleSpanProcessor(exporter))) as there:
+            assert (await there.client().ask("/v1/completions", b"{}", authorization="Bearer no")).status == 401
+            refused = exporter.get_finished_spans()[-1]
+            assert present(refused.attributes)["http.response.status_code"] == 401
+            assert refused.status.status_code is StatusCode.UNSET
+        async with door(dead=True, tracer=IngressTracer(SimpleSpanProcessor(exporter))) as there:
+            assert (await there.client().ask("/v1/completions", b"{}")).status == 503
+            failed = exporter.get_finished_spans()[-1]
+            assert present(failed.attributes)["error.type"] == "503"
+            assert failed.status.status_code is StatusCode.ERROR
 
     asyncio.run(run())
