@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import ParamSpec, Protocol, TypeVar
 
 from prompt_store.errors import PromptStoreError
@@ -70,19 +70,20 @@ class LimitExchange:
     async def running(self) -> AsyncIterator[None]:
         """Exchange periodically during a block, once before it and once after it."""
         await self.exchange()
-        task = asyncio.create_task(self._run(), name="share the limits of keys")
+        stopping = asyncio.Event()
+        task = asyncio.create_task(self._run(stopping), name="share the limits of keys")
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            await self.exchange()
+            stopping.set()
+            await task
             if self._noted and not self._is_alone:
                 await self._try(self._shared.leave, self._server)
 
-    async def _run(self) -> None:
-        while True:
-            await asyncio.sleep(EXCHANGE_SECONDS)
+    async def _run(self, stopping: asyncio.Event) -> None:
+        while not stopping.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), EXCHANGE_SECONDS)
             await self.exchange()
             if time.monotonic() - self._cleaned_at > CLEAN_SECONDS and not self._is_alone:
                 self._cleaned_at = time.monotonic()

@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import aiohttp
 import msgspec
@@ -24,7 +24,7 @@ from server.api.keys.callers import Caller
 from server.api.keys.callers import Scope as Permission
 from server.api.keys.keys import ApiKeys
 from server.api.keys.signed_callers import INGRESS_HEADER, CallerKind, CallerSigner, target_of
-from server.cluster.ingress.heads import RequestHead, names_in_body, read_head
+from server.cluster.ingress.heads import REPLICAS_HEADER, RequestHead, names_in_body, read_head
 from server.cluster.ingress.merging import merged_metrics, merged_models
 from server.cluster.ingress.replicas import Address, Replicas, Wish
 from server.cluster.ingress.resolver import Resolver, Route
@@ -226,6 +226,17 @@ class Door:
         """Names of the bases."""
         return self._resolver.bases
 
+    def replica_names(self) -> list[str]:
+        """Names of the replicas of all bases."""
+        return sorted(address.name for base in self.bases for address in self._replicas.known(base))
+
+    def base_of(self, replica: str) -> str | None:
+        """The base that a replica serves; None if it is not known."""
+        for base in self._resolver.order:
+            if any(address.name == replica for address in self._replicas.known(base)):
+                return base
+        return None
+
     @property
     def max_body_bytes(self) -> int:
         """Largest body that is read for the names in it."""
@@ -376,7 +387,10 @@ class _Call:
         content = None
         if names_in_body(self._scope["method"], self._scope["path"]):
             content = await body.read(self._door.max_body_bytes)
-        head = read_head(self._scope["path"], self._headers, content, self._door.bases)
+        query = self._scope["query_string"]
+        head = read_head(self._scope["path"], self._headers, content, self._door.bases, query)
+        if head.replica is not None and head.base is None:
+            head = replace(head, base=self._door.base_of(head.replica))
         route = await self._door.route(head, caller)
         self._base = route.base
         wish = Wish(digest=route.digest, home=head.home, replica=head.replica)
@@ -425,6 +439,8 @@ class _Call:
         if message["type"] == "http.response.start":
             self._started = True
             self._status = message["status"]
+            if self._scope["path"] == "/v1/engine" and self._status == 200:
+                message["headers"].append((REPLICAS_HEADER, ", ".join(self._door.replica_names()).encode()))
         await self._client(message)
 
     async def _own(self, response: Response) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 import msgspec
 
@@ -15,6 +15,9 @@ BASE_HEADER = b"x-prelude-base"
 
 REPLICA_HEADER = b"x-prelude-replica"
 """Request header that names the replica, such as for its page in the console; response header of each answer."""
+
+REPLICAS_HEADER = b"x-prelude-replicas"
+"""Response header of ``/v1/engine``: the names that ``replica`` may have."""
 
 STICKY_HEADER = b"x-prelude-sticky-key"
 
@@ -34,6 +37,9 @@ _NAMING = frozenset(
 
 _OF_ONE_REPLICA = re.compile(r"/v1/(batches|files)(/|$)")
 """Batches and their files are on the disk of the replica that took them."""
+
+_SHOWN = frozenset({"/v1/engine", "/v1/stats", "/v1/events"})
+"""Paths that show one replica. Their query may name it, because browsers set no header on a stream of events."""
 
 _OF_A_NAME = re.compile(r"/v1/(prompts|models|history)/([^/]+)")
 _JOINT = "+"
@@ -84,7 +90,9 @@ def names_in_body(method: str, path: str) -> bool:
     return method == "POST" and path in _NAMING
 
 
-def read_head(path: str, headers: dict[bytes, bytes], body: bytes | None, bases: frozenset[str]) -> RequestHead:
+def read_head(
+    path: str, headers: dict[bytes, bytes], body: bytes | None, bases: frozenset[str], query: bytes = b""
+) -> RequestHead:
     """Read where a request wants to go.
 
     Args:
@@ -92,6 +100,7 @@ def read_head(path: str, headers: dict[bytes, bytes], body: bytes | None, bases:
         headers: Its headers by name in lower case.
         body: Its JSON body, if that names what answers and is not too large.
         bases: Names of the bases.
+        query: Its query.
     """
     fields = _fields_of(body)
     base = _text(headers, BASE_HEADER)
@@ -116,8 +125,13 @@ def read_head(path: str, headers: dict[bytes, bytes], body: bytes | None, bases:
         names=tuple(names),
         key=_text(headers, STICKY_HEADER) or fields.user,
         home="/v1/batches" if _OF_ONE_REPLICA.match(path) else None,
-        replica=_text(headers, REPLICA_HEADER),
+        replica=_text(headers, REPLICA_HEADER) or (_replica_in(query) if path in _SHOWN else None),
     )
+
+
+def _replica_in(query: bytes) -> str | None:
+    found = parse_qs(query.decode("latin-1")).get("replica")
+    return None if found is None else found[0]
 
 
 def _fields_of(body: bytes | None) -> _Fields:

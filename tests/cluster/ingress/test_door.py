@@ -278,6 +278,35 @@ def test_metrics_of_all_replicas_have_a_label() -> None:
     asyncio.run(run())
 
 
+async def engine(request: web.Request) -> web.StreamResponse:
+    """A replica's ``/v1/engine``, for those who may see it."""
+    return web.json_response({}, status=200 if "cookie" in request.headers else 401)
+
+
+def test_who_may_see_the_engine_sees_the_names_of_the_replicas() -> None:
+    async def run() -> None:
+        async with door(engine, engine) as there:
+            seen = await there.client().ask("/v1/engine", method="GET", cookie="session=1")
+            assert (seen.status, seen.headers["x-prelude-replicas"]) == (200, "r0, r1")
+            refused = await there.client().ask("/v1/engine", method="GET")
+            assert (refused.status, "x-prelude-replicas" in refused.headers) == (401, False)
+            other = await there.client().ask("/v1/stats", method="GET", cookie="session=1")
+            assert "x-prelude-replicas" not in other.headers
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_is_named_decides_the_base() -> None:
+    async def run() -> None:
+        async with door(echo) as there:
+            await there.client().ask("/v1/stats", method="GET", **{"x-prelude-replica": "r0"})
+            await there.client().ask("/v1/stats", method="GET", **{"x-prelude-replica": "gone"})
+            assert [wish.replica for wish in there.replicas.wishes] == ["r0", "gone"]
+            assert (there.door.base_of("r0"), there.door.base_of("gone")) == ("demo", None)
+
+    asyncio.run(run())
+
+
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from server.cluster.ingress.heads import RequestHead, names_in_body, read_head
 
 BASES = frozenset({"demo", "other"})
 
 
-def head(body: object = None, path: str = "/v1/completions", **headers: str) -> RequestHead:
+def head(body: object = None, path: str = "/v1/completions", query: str = "", **headers: str) -> RequestHead:
     raw = {name.replace("_", "-").encode(): value.encode() for name, value in headers.items()}
-    return read_head(path, raw, None if body is None else json.dumps(body).encode(), BASES)
+    return read_head(path, raw, None if body is None else json.dumps(body).encode(), BASES, query.encode())
 
 
 @pytest.mark.parametrize(
@@ -58,3 +60,18 @@ def test_only_bodies_with_names_are_read() -> None:
     assert names_in_body("POST", "/v1/chat/completions")
     assert not names_in_body("POST", "/v1/prompts")
     assert not names_in_body("GET", "/v1/completions")
+
+
+@pytest.mark.parametrize("path", ["/v1/engine", "/v1/stats", "/v1/events"])
+def test_a_query_names_the_replica_that_is_shown(path: str) -> None:
+    assert head(path=path, query="topics=live%2Cstats&replica=demo-a.b-1").replica == "demo-a.b-1"
+    assert head(path=path, query="replica=one", x_prelude_replica="two").replica == "two"
+    for query in ("", "replica=", "replicas=a", "topics=live", "%%%;&&="):
+        assert head(path=path, query=query).replica is None
+    assert head(path="/v1/history", query="replica=one").replica is None
+
+
+@given(query=st.binary(max_size=40), path=st.sampled_from(["/v1/engine", "/v1/events"]))
+def test_no_query_is_an_error(query: bytes, path: str) -> None:
+    found = read_head(path, {}, None, BASES, query)
+    assert found.replica is None or b"replica" in query or b"%" in query

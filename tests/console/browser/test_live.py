@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import httpx
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from server.api.monitoring.subscription import MAX_SUBSCRIBERS
 from server.demo.tour import MODEL_NAME
@@ -157,3 +157,43 @@ def test_the_address_names_the_view_and_no_text(visit: Visit, server: ConsoleSer
     with traffic(server, "sentiment"):
         expect(page.get_by_role("group", name="sentiment@1: 1 row")).to_be_visible()
         assert "strap" not in page.content()
+
+
+def test_behind_an_ingress_one_replica_is_chosen_and_shown(visit: Visit, server: ConsoleServer) -> None:
+    """The answers get what an ingress adds to them; a replica that has ended is forgotten."""
+    visitor = visit()
+    page = visitor.login()
+    replicas = ["demo-0", "demo-1"]
+
+    def as_ingress(route: Route) -> None:
+        asked = re.search("replica=([^&]+)", route.request.url)
+        name = asked[1] if asked else replicas[0]
+        if name not in replicas:
+            route.fulfill(status=404, json={"error": {"message": "there is no such replica", "code": "not_found"}})
+            return
+        response = route.fetch()
+        names = {"x-prelude-replica": name, "x-prelude-replicas": ", ".join(replicas)}
+        route.fulfill(response=response, headers={**response.headers, **names})
+
+    page.route("**/v1/engine*", as_ingress)
+    with page.expect_request("**/v1/events?topics=*live*&replica=demo-0"):
+        show(page, "#/live")
+    choice = page.get_by_label("Replica")
+    expect(choice).to_have_value("demo-0")
+    with (
+        page.expect_request("**/v1/events?topics=*live*&replica=demo-1"),
+        page.expect_request("**/v1/stats?replica=demo-1"),
+        page.expect_request("**/v1/engine?replica=demo-1"),
+    ):
+        choice.select_option("demo-1")
+    expect(choice).to_have_value("demo-1")
+    with traffic(server, "sentiment"):
+        expect(page.get_by_role("group", name="sentiment@1: 1 row")).to_be_visible()
+    assert barriers(page) == []
+    button(page, "Pause").click()
+    visitor.watch.allow("404")
+    replicas[:] = ["demo-0", "demo-2"]
+    choice.evaluate("element => element.append(new Option('demo-9'))")
+    choice.select_option("demo-9")
+    expect(choice).to_have_value("demo-0")
+    expect(choice.get_by_role("option")).to_have_text(["demo-0", "demo-2"])

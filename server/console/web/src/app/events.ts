@@ -1,6 +1,7 @@
 // The server-sent events of this tab: one stream, with the topics that the open page needs.
 import { effect, signal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
+import { query } from "../api/client";
 import { lacking, me } from "./session";
 
 /** What a listener may hear of: the server's events, and `open` when a stream begins. */
@@ -8,6 +9,9 @@ export type EventName = "open" | "server" | "live" | "pool" | "stats" | "catalog
 
 /** The topics that the open page needs besides the catalog's changes. */
 export const wanted = signal<string>("");
+
+/** The replica of a cluster that the open page shows; empty for the one that answers. */
+export const shownReplica = signal<string>("");
 
 /** Whether the page is hidden; nothing is read meanwhile. */
 const isHidden = signal(document.hidden);
@@ -36,11 +40,11 @@ function tell(name: EventName, data: unknown): void {
   listeners.get(name)?.forEach((listen) => listen(data));
 }
 
-function open(topics: string): () => void {
+function open(topics: string, replica: string): () => void {
   let retry: ReturnType<typeof setTimeout> | undefined;
   let source: EventSource;
   const connect = () => {
-    source = new EventSource(`/v1/events?topics=${topics}`);
+    source = new EventSource(`/v1/events${query({ topics, replica })}`);
     for (const name of NAMES) source.addEventListener(name, (event) => tell(name, JSON.parse((event as MessageEvent<string>).data)));
     source.onopen = () => {
       // What changed before is in none of its events, but may have changed after it was read: it is read again.
@@ -65,6 +69,6 @@ export function watchEvents(): void {
   effect(() => {
     if (!me.value || isHidden.value) return undefined;
     const topics = [...(lacking("prompts:read") ? [] : ["catalog"]), ...wanted.value.split(",").filter(Boolean)];
-    return topics.length > 0 ? open(topics.join(",")) : undefined;
+    return topics.length > 0 ? open(topics.join(","), shownReplica.value) : undefined;
   });
 }

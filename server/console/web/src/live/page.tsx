@@ -1,7 +1,8 @@
 // What the engine does now, and what it did in the last hour.
+import { batch } from "@preact/signals";
 import { useEffect, useState } from "preact/hooks";
-import { call } from "../api/client";
-import { onEvent, wanted } from "../app/events";
+import { ApiError, call, query, send } from "../api/client";
+import { onEvent, shownReplica, wanted } from "../app/events";
 import { returns } from "../app/server";
 import { count, duration, plural } from "../ui/format";
 import { useLoad } from "../ui/load";
@@ -15,39 +16,86 @@ const MAX_POINTS = 360;
 
 type View = "picture" | "table";
 
+/** The engine, and which server it is of: `replicas` has more than one name behind the ingress of a cluster only. */
+interface Seen {
+  engine: Engine;
+  replica: string;
+  replicas: string[];
+}
+
+async function readEngine(replica: string, signal: AbortSignal): Promise<Seen> {
+  const response = await send("GET", `/v1/engine${query({ replica })}`, undefined, signal);
+  const names = response.headers.get("X-Prelude-Replicas")?.split(", ") ?? [];
+  return { engine: (await response.json()) as Engine, replica: response.headers.get("X-Prelude-Replica") ?? "", replicas: names };
+}
+
 export function LivePage() {
   const [isPaused, setPaused] = useState(false);
   const [view, setView] = useState<View>("picture");
   const [live, setLive] = useState<Engine>();
   const [pool, setPool] = useState<Blocks>();
   const [newer, setNewer] = useState<Point[]>([]);
-  const first = useLoad(`engine ${returns.value}`, (signal) => call<Engine>("GET", "/v1/engine", undefined, signal));
-  const hour = useLoad(`stats ${returns.value}`, (signal) => call<Stats>("GET", "/v1/stats", undefined, signal));
+  const [replica, setReplica] = useState("");
+  const first = useLoad(`engine ${returns.value} ${replica}`, (signal) => readEngine(replica, signal));
+  const hour = useLoad(`stats ${returns.value} ${replica}`, (signal) => call<Stats>("GET", `/v1/stats${query({ replica })}`, undefined, signal));
+
+  const show = (name: string) => {
+    setReplica(name);
+    setLive(undefined);
+    setPool(undefined);
+    setNewer([]);
+  };
+  // Of several replicas each request could be answered by another one: stay with the first that answered.
+  const [replicas, setReplicas] = useState<string[]>([]);
+  useEffect(() => {
+    if (first.data === undefined) return;
+    setReplicas(first.data.replicas);
+    if (replica === "" && first.data.replicas.length > 1) show(first.data.replica);
+  }, [first.data]);
+  // A replica that has ended is forgotten.
+  useEffect(() => {
+    if (replica !== "" && first.error instanceof ApiError && first.error.status === 404) show("");
+  }, [first.error]);
 
   useEffect(() => {
     if (isPaused) return undefined;
-    wanted.value = "live,stats";
+    const listen = (topics: string, name: string) =>
+      batch(() => {
+        wanted.value = topics;
+        shownReplica.value = name;
+      });
+    listen("live,stats", replica);
     const ends = [
       onEvent<Engine>("live", setLive),
       onEvent<Blocks>("pool", setPool),
       onEvent<Point>("stats", (point) => setNewer((before) => [...before, point].slice(-MAX_POINTS))),
     ];
     return () => {
-      wanted.value = "";
+      listen("", "");
       for (const end of ends) end();
     };
-  }, [isPaused]);
+  }, [isPaused, replica]);
 
-  const engine = live ?? first.data;
+  const engine = live ?? first.data?.engine;
   const last = hour.data?.points.at(-1)?.at ?? 0;
   const stats = hour.data && { ...hour.data, points: [...hour.data.points, ...newer.filter((point) => point.at > last)].slice(-MAX_POINTS) };
-  const blocks = pool ?? first.data?.blocks;
+  const blocks = pool ?? first.data?.engine.blocks;
   return (
     <>
       <div class="title">
         <h1>Live</h1>
         {engine && <Chip>{count(engine.running)} running</Chip>}
         <span class="grow" />
+        {replicas.length > 1 && (
+          <label class="row">
+            <span class="label">Replica</span>
+            <select value={replica} onChange={(event) => show(event.currentTarget.value)}>
+              {replicas.map((name) => (
+                <option key={name}>{name}</option>
+              ))}
+            </select>
+          </label>
+        )}
         <Button icon={isPaused ? "play" : "pause"} onClick={() => setPaused(!isPaused)}>
           {isPaused ? "Go on" : "Pause"}
         </Button>
