@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from prompt_store.blobs.blobs import BlobStore, TierStats
 from prompt_store.blobs.collector import RETENTION_SECONDS, Collector
@@ -278,7 +279,7 @@ class PromptStore:
     def tier_stats(self) -> list[TierStats]:
         """Size and counters of each blob tier. A tier with all blobs has the size of the last ``totals``."""
         totals = self._cached.last_totals
-        known = {"resident": totals.num_blobs, "resident_bytes": totals.blob_bytes}
+        known: dict[str, Any] = {"resident": totals.num_blobs, "resident_bytes": totals.blob_bytes}
         return [replace(tier, **known) if tier.resident is None else tier for tier in self._blobs.stats()]
 
     def get_prompt(self, name: str, access: Access | None = None) -> PromptSummary:

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Any
 
 from prompt_store.errors import PromptStoreError
 from prompt_store.limits.shared_limits import BucketId, SharedLimits, SharedUse
@@ -28,16 +28,8 @@ CLEAN_SECONDS = 60.0
 """Pause between two deletions of rows that are not needed any more."""
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-class CallInThread(Protocol):
-    """Runs a blocking function in a thread."""
-
-    def __call__(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
-        """Run it."""
-        ...
+CallInThread = Callable[..., Awaitable[Any]]
+"""Runs a blocking function in a thread, such as ``asyncio.to_thread``."""
 
 
 class LimitExchange:
@@ -139,7 +131,8 @@ class LimitExchange:
         self._late = None
 
         async def ask() -> SharedUse:
-            return await self._call(self._shared.exchange, self._server, taken, running)
+            found: SharedUse = await self._call(self._shared.exchange, self._server, taken, running)
+            return found
 
         asking = asyncio.create_task(ask(), name="exchange the use of keys")
         done, _ = await asyncio.wait({asking}, timeout=MAX_EXCHANGE_SECONDS)
