@@ -173,12 +173,7 @@ def create_app(
         description="One frozen model with many soft prompts in one batch, over an OpenAI-compatible API.",
         lifespan=lambda app: _lifespan(
             services,
-            [
-                services.sharing_limits(),
-                services.shadowing.running(app),
-                batches.running(app),
-                evaluations.running(app),
-            ],
+            [services.limiting(), services.shadowing.running(app), batches.running(app), evaluations.running(app)],
             partial(announce, services, partial(_totals, opened), display),
             owns_store=store is None,
             reloader=_reloader(settings.http, keys, services),

@@ -251,7 +251,7 @@ class Services:
             raise EngineNotReadyError("the model is still being loaded")
         return self.loaded_tokenizer
 
-    def sharing_limits(self) -> AbstractAsyncContextManager[None]:
+    def limiting(self) -> AbstractAsyncContextManager[None]:
         """A block in which the limits of keys hold for all servers that share the catalog."""
         shared, keys = self.store.shared_limits, self.api_keys
         if shared is None or keys is None:
