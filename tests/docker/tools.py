@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ _HOW_TO_INSTALL = {
     "promtool": "apt-get install prometheus",
     "prometheus": "apt-get install prometheus",
     "docker-compose": "apt-get install docker-compose",
+    "helm": "make chart-tools",
     "kubectl": "version 1.27 or later, from kubernetes.io/docs/tasks/tools",
 }
 
 
 def tool(name: str) -> str:
     """The path of a program; skips the test with installation advice if it is missing."""
-    found = shutil.which(name)
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if found is None:
         pytest.skip(f"{name} is not installed: {_HOW_TO_INSTALL[name]}")
     return found
