@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,17 @@ import pytest
 import yaml
 
 from tests.docker.tools import DOCKER, ROOT, run, tool
+from tests.prompt_store.databases import postgres_url
+from tests.support.ingress import ingress_without_ray
 from tests.support.processes import free_port, server_process
 from tests.support.serving import BASE, adapter, serving, upload
 from tests.support.waiting import seconds_until
 
 RULES = DOCKER / "prometheus" / "rules.yml"
 DASHBOARDS = sorted((DOCKER / "grafana" / "dashboards").glob("*.json"))
+CLUSTER = "cluster"
+"""The dashboard of an ingress; the others are those of servers."""
+
 TASKS = ("sentiment", "extract", "intent")
 _SECONDS = 30.0
 
@@ -121,6 +127,18 @@ def prometheus(folder: Path, target: str, keep_busy: Callable[[], None]) -> Iter
         yield Prometheus(client, keep_busy)
 
 
+def make_busy(client: httpx.Client) -> None:
+    """Requests that answer, fail, and are given up."""
+    for model in (BASE, *TASKS):
+        body = {"model": model, "prompt": ["My lamp feels flimsy", "Will it rain in Oslo?"], "max_tokens": 4}
+        assert client.post("/v1/completions", json=body).status_code == 200
+    body = {"model": TASKS[0], "prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_lines())  # and disconnects
+    assert client.post("/v1/completions", json={"model": "missing", "prompt": "x"}).status_code == 404
+    assert client.post("/v1/completions", json={"model": BASE, "max_tokens": -1}).status_code == 400
+
+
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     tool("prometheus")
@@ -130,23 +148,52 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
             assert upload(client, task, *adapter(task)).status_code == 201
 
         def keep_busy() -> None:
-            for model in (BASE, *TASKS):
-                body = {"model": model, "prompt": ["My lamp feels flimsy", "Will it rain in Oslo?"], "max_tokens": 4}
-                assert client.post("/v1/completions", json=body).status_code == 200
-            body = {"model": TASKS[0], "prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True}
-            with client.stream("POST", "/v1/completions", json=body) as response:
-                next(response.iter_lines())  # and disconnects
-            assert client.post("/v1/completions", json={"model": "missing", "prompt": "x"}).status_code == 404
-            assert client.post("/v1/completions", json={"model": BASE, "max_tokens": -1}).status_code == 400
+            make_busy(client)
 
         keep_busy()
         with prometheus(folder, client.base_url.netloc.decode(), keep_busy) as watching:
             yield watching
 
 
+@pytest.fixture(scope="module")
+def watched_ingress(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """A Prometheus that scrapes the ingress of two replicas."""
+    tool("prometheus")
+    folder = tmp_path_factory.mktemp("ingress")
+    with (
+        postgres_url() as catalog,
+        ingress_without_ray(folder / "cluster", catalog) as url,
+        httpx.Client(base_url=url, timeout=120) as client,
+    ):
+        for task in TASKS:
+            assert upload(client, task, *adapter(task)).status_code == 201
+
+        def keep_busy() -> None:
+            with ThreadPoolExecutor(4) as pool:
+                for done in [pool.submit(make_busy, client) for _ in range(4)]:
+                    done.result()
+
+        keep_busy()
+        with prometheus(folder, client.base_url.netloc.decode(), keep_busy) as watching:
+            yield watching
+
+
+@pytest.fixture
+def watcher_of(request: pytest.FixtureRequest) -> Callable[[Path], Prometheus]:
+    """The Prometheus that has the data of a dashboard."""
+
+    def find(path: Path) -> Prometheus:
+        name = "watched_ingress" if path.stem == CLUSTER else "watched"
+        found: Prometheus = request.getfixturevalue(name)
+        return found
+
+    return find
+
+
 def without_variables(expression: str) -> str:
     """A panel's query as Grafana sends it when all servers are selected."""
-    expression = expression.replace("$instance", ".*").replace("$__rate_interval", "10s")
+    for variable, value in (("$instance", ".*"), ("$replica", ".+"), ("$__rate_interval", "10s")):
+        expression = expression.replace(variable, value)
     assert "$" not in expression
     return expression
 
@@ -163,22 +210,52 @@ def unanswered(watched: Prometheus, expressions: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
-def test_every_panel_shows_data(watched: Prometheus, path: Path) -> None:
+def test_every_panel_shows_data(watcher_of: Callable[[Path], Prometheus], path: Path) -> None:
     expressions = {
         f"{panel['title']} {target['refId']}": without_variables(target["expr"])
         for panel in dashboard(path)["panels"]
         for target in panel["targets"]
     }
-    assert unanswered(watched, expressions) == []
+    assert unanswered(watcher_of(path), expressions) == []
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
-def test_the_server_variable_finds_servers(watched: Prometheus, path: Path) -> None:
+def test_the_variable_finds_servers_or_replicas(watcher_of: Callable[[Path], Prometheus], path: Path) -> None:
+    watched = watcher_of(path)
     (variable,) = dashboard(path)["templating"]["list"]
     found = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"])
     assert found is not None
     assert unanswered(watched, {"metric": found[1]}) == []
+    assert found[2] == variable["name"]
     assert {sample["metric"][found[2]] for sample in watched.query(found[1])} != {""}
+
+
+def test_the_cluster_dashboard_tells_the_replicas_apart(watched_ingress: Prometheus) -> None:
+    """By replica there is a line for each; a second ingress that reports the same replicas changes no value."""
+    panels = {
+        panel["title"]: panel for panel in dashboard(DOCKER / "grafana" / "dashboards" / f"{CLUSTER}.json")["panels"]
+    }
+    replicas = {f"{BASE}-0", f"{BASE}-1"}
+    for title, panel in panels.items():
+        if "by replica" not in title:
+            continue
+        expression = without_variables(panel["targets"][0]["expr"])
+        first = expression.removeprefix("histogram_quantile(0.95, ").partition("(")[2].partition(")")[0]
+        assert first in ("replica", "le, replica"), title
+        if title != "Error replies by replica":
+            assert {sample["metric"]["replica"] for sample in watched_ingress.query(expression)} == replicas, title
+    ratio = without_variables(panels["Balance"]["targets"][0]["expr"])
+    values = [float(sample["value"][1]) for sample in watched_ingress.query(ratio)]
+    assert len(values) == 1
+    assert values[0] != values[0] or 1 <= values[0] <= len(replicas)  # NaN: idle
+    warm = without_variables(panels["Warm"]["targets"][0]["expr"])
+
+    def share() -> float:
+        watched_ingress.keep_busy()
+        return sum(float(sample["value"][1]) for sample in watched_ingress.query(warm))
+
+    seconds_until(lambda: share() > 0.5, _SECONDS, pause=0.5)
+    assert 0.5 < share() <= 1
 
 
 def test_every_rule_is_evaluated(watched: Prometheus) -> None:
