@@ -5,66 +5,26 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from server.demo.tour import MODEL_DIRECTORY
+from tests.cluster.running import MARKS, Cluster, ask, logs, text
 from tests.prompt_store.databases import postgres_url
-from tests.support.processes import PRELUDE, free_port
+from tests.support.processes import free_port
 from tests.support.serving import BASE, adapter, upload
 from tests.support.waiting import seconds_until, wait_until
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: make test-cluster installs it"),
-]
+pytestmark = MARKS
 
 NAMES = (f"{BASE}-0", f"{BASE}-1")
 ANSWERS = {"intent": "weather", "sentiment": "positive"}
-
-
-@dataclass
-class Cluster:
-    client: httpx.Client
-    folder: Path
-    config: dict[str, object]
-
-    def run(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        path = self.folder / "cluster.yaml"
-        path.write_text(json.dumps(self.config))  # which is YAML, too
-        return subprocess.run(
-            [*PRELUDE, "cluster", command, "--config", str(path), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-
-    def replicas(self) -> list[str]:
-        (base,) = self.client.get("/v1/cluster").json()["bases"]
-        return [replica["name"] for replica in base["replicas"]]
-
-    def server(self, name: str) -> psutil.Process:
-        """The server process of a replica."""
-        mark = str(self.folder / "prelude-cluster")
-        found = [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if name in (process.info["cmdline"] or ()) and any(mark in part for part in process.info["cmdline"])
-        ]
-        (server,) = found
-        return server
 
 
 @pytest.fixture(scope="module")
@@ -76,32 +36,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         config = {"port": free_port(), "drain_seconds": 20, "bases": [{**base, "replicas": 2, "flags": flags}]}
         with httpx.Client(base_url=f"http://127.0.0.1:{config['port']}", timeout=120) as client:
             made = Cluster(client, folder, config)
-            try:
-                started = made.run("up")
-                assert started.returncode == 0, started.stderr + logs(folder)
+            with made.up():
                 wait_until(lambda: len(made.replicas()) == 2, 60)
                 for task in ANSWERS:
                     assert upload(client, task, *adapter(task)).status_code == 201
                 yield made
-            finally:
-                ended = made.run("down")
-        assert ended.returncode == 0, ended.stderr
-
-
-def logs(folder: Path) -> str:
-    return "\n".join(path.read_text()[-2000:] for path in folder.glob("prelude-cluster/logs/*"))
-
-
-def ask(client: httpx.Client, model: str, replica: str | None = None) -> httpx.Response:
-    body = {"model": model, "prompt": "Will it rain in Oslo on Monday?", "temperature": 0, "max_tokens": 8}
-    return client.post(
-        "/v1/completions", json=body, headers={} if replica is None else {"x-prelude-replica": replica}
-    )
-
-
-def text(response: httpx.Response) -> str:
-    found: str = response.json()["choices"][0]["text"].strip()
-    return found
 
 
 @dataclass

@@ -25,7 +25,7 @@ from server.api.keys.callers import Scope as Permission
 from server.api.keys.keys import ApiKeys
 from server.api.keys.signed_callers import INGRESS_HEADER, CallerKind, CallerSigner, target_of
 from server.cluster.ingress.heads import REPLICAS_HEADER, RequestHead, names_in_body, read_head
-from server.cluster.ingress.merging import merged_metrics, merged_models
+from server.cluster.ingress.merging import merged_metrics, merged_models, stopped_base
 from server.cluster.ingress.replicas import Address, Replicas, Wish
 from server.cluster.ingress.resolver import Resolver, Route
 from server.cluster.ingress.upstream import (
@@ -158,6 +158,8 @@ class Door:
         self._settings = settings
         self._tracer = tracer
         self.metrics = DoorMetrics()
+        for base in resolver.bases:
+            self.metrics.retries.labels(base)  # 0, not missing, before the first one
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -311,11 +313,18 @@ class Door:
         return merged_metrics(texts) + generate_latest(self.metrics.registry).decode()
 
     async def _all_models(self, caller: Caller | None, request_id: str) -> Response:
-        """The models of all bases; an error of one replica is the answer."""
-        bodies = []
+        """The models of all bases; an error of one replica is the answer.
+
+        The first base is started for it if it is stopped, because a replica checks the caller's scopes. A list starts
+        no other base: of a stopped one it has the name.
+        """
+        bodies: list[bytes] = []
         name = "" if caller is None or caller.name is None else caller.name
         kind = CallerKind.UNKNOWN if caller is None else CallerKind.KEY
         for base in self._resolver.order:
+            if bodies and not self._replicas.known(base):
+                bodies.append(stopped_base(base))
+                continue
             async with self._replicas.choose(base, Wish()) as address:
                 answer = await self._ask(address, "/v1/models", kind, name=name, request_id=request_id)
             if answer is None:

@@ -67,3 +67,9 @@ def merged_models(answers: Iterable[bytes]) -> bytes:
     for card in [card for card in cards if card["parent"] is None] + cards:
         by_name.setdefault(str(card["id"]), card)
     return json.dumps({"object": "list", "data": list(by_name.values())}).encode()
+
+
+def stopped_base(name: str) -> bytes:
+    """The list of models of a base without replicas: what is known of it without one."""
+    card = {"id": name, "object": "model", "created": 0, "owned_by": "prelude", "root": name, "parent": None}
+    return json.dumps({"object": "list", "data": [card]}).encode()

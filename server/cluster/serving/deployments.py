@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import ray
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 _KEYS_SECONDS = 2.0
 _CLOSE_SECONDS = 5
+_CHOICE_SECONDS = 1.0
+"""Seconds in which a choice among running replicas is made, however busy this process is."""
 
 
 class Replica:
@@ -213,13 +215,27 @@ class ServeReplicas:
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(self._config.routing.wait_seconds):
-                    # A reservation waits in Ray Serve's queue, which starts the first replica of a stopped base. It
-                    # costs a call of the replica's actor, so it is left out as soon as there are replicas.
-                    options = {"_reserve": False} if known else {}
-                    selection = await stack.enter_async_context(handle.choose_replica(wish, **options))
+                    metadata = await self._select(stack, handle, base, wish)
             except TimeoutError:
                 raise no_replica(base) from None
-            yield _address(selection.replica_metadata)
+            yield _address(metadata)
+
+    async def _select(
+        self, stack: AsyncExitStack, handle: DeploymentHandle[Any], base: str, wish: Wish
+    ) -> dict[str, Any]:
+        """What Ray Serve's router knows of the replica that it chooses.
+
+        A reservation waits in Ray Serve's queue, which starts the first replica of a stopped base. It costs a call of
+        the replica's actor, so it is left out while there are replicas. If the last one stops just then, the choice
+        finds none and is not in the queue, hence the second attempt.
+        """
+        while self.fleet(base).states():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_CHOICE_SECONDS):
+                    chosen = await stack.enter_async_context(handle.choose_replica(wish, _reserve=False))
+                    return dict(chosen.replica_metadata)
+        chosen = await stack.enter_async_context(handle.choose_replica(wish))
+        return dict(chosen.replica_metadata)
 
     def known(self, base: str) -> list[Address]:
         """The replicas of a base that run."""

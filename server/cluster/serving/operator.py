@@ -22,6 +22,8 @@ from server.cluster.replica.arguments import INGRESS_APP, app_name, secrets_of
 from server.cluster.serving.application import base_application, ingress_application
 from server.errors import ConfigurationError, EngineStartError
 
+_MAX_CAUSE = 2000
+
 
 @dataclass(frozen=True, slots=True)
 class ApplicationStatus:
@@ -71,9 +73,11 @@ def up(config: ClusterConfig, say: Callable[[str], None]) -> State:
     applications[INGRESS_APP] = lambda: ingress_application(config)
     for name, make in applications.items():
         if state.applications.get(name) != wanted[name]:
+            state.applications[name] = ""  # if this fails, the next call deploys it again, or removes it
+            state.port = config.port
+            file.write(state)
             _deploy(name, make(), say)
             state.applications[name] = wanted[name]
-            state.port = config.port
             file.write(state)
     return state
 
@@ -132,7 +136,15 @@ def _deploy(name: str, application: Application, say: Callable[[str], None]) -> 
     try:
         serve.run(application, name=name, route_prefix=None)
     except RuntimeError as error:
-        raise EngineStartError(f"{name} could not be deployed: {' '.join(str(error).split())[-2000:]}") from error
+        found = serve.status().applications.get(name)
+        why = f"{error} {'' if found is None else _status_of(name, found).message}"
+        raise EngineStartError(f"{name} could not be deployed: {cause_in(why)}") from error
+
+
+def cause_in(text: str) -> str:
+    """What a replica said when it could not start, from the traceback that Ray Serve shows; without that, its end."""
+    _, mark, cause = text.rpartition(f"{EngineStartError.__name__}: ")
+    return " ".join((cause if mark else text).split())[-_MAX_CAUSE:]
 
 
 def _status_of(name: str, found: Any) -> ApplicationStatus:

@@ -40,16 +40,18 @@ class FakeReplicas:
         self.shared = SharedFleet(ReplicaRanking(random=Random(0)))
         self.shared.update(dict.fromkeys(self.addresses, 8))
         self.wishes: list[Wish] = []
+        self.stopped: set[str] = set()
 
     @asynccontextmanager
     async def choose(self, base: str, wish: Wish) -> AsyncIterator[Address]:
         self.wishes.append(wish)
+        self.stopped.discard(base)
         name = self.shared.order(wish)[0]
         self.shared.sent(name)
         yield self.addresses[name]
 
     def known(self, base: str) -> list[Address]:
-        return list(self.addresses.values())
+        return [] if base in self.stopped else list(self.addresses.values())
 
     def is_ready(self, base: str) -> bool:
         return bool(self.addresses)
@@ -113,6 +115,7 @@ async def door(
     dead: bool = False,
     digests: dict[str, str] | None = None,
     tracer: IngressTracer | None = None,
+    bases: tuple[str, ...] = ("demo",),
 ) -> AsyncIterator[SimpleNamespace]:
     async with AsyncExitStack() as stack:
         addresses = []
@@ -128,7 +131,7 @@ async def door(
             addresses.append(Address(f"r{index}", f"http://{host}:{port}"))
         replicas = FakeReplicas(addresses + [DEAD] * dead)
         found: Any = SimpleNamespace(choose=lambda ref, access, key: (_version((digests or {})[ref.name]), None))
-        resolver = Resolver({"demo": found})
+        resolver = Resolver(dict.fromkeys(bases, found))
         stack.callback(resolver.close)
         http = await stack.enter_async_context(http_session())
         known = ApiKeys(parse_plain((f"key {key}", key) for key in keys)) if keys else None
@@ -296,6 +299,22 @@ def test_who_may_see_the_engine_sees_the_names_of_the_replicas() -> None:
     asyncio.run(run())
 
 
+def test_a_list_of_models_starts_the_first_base_only() -> None:
+    async def models(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"data": [{"id": "one", "parent": None}, {"id": "task", "parent": "one"}]})
+
+    async def run() -> None:
+        async with door(models, bases=("one", "two")) as there:
+            there.replicas.stopped = {"one", "two"}
+            client = await there.client().ask("/v1/models", method="GET")
+            cards = {card["id"]: card for card in json.loads(client.body)["data"]}
+            assert list(cards) == ["one", "two", "task"]
+            assert cards["two"]["root"] == "two"
+            assert there.replicas.stopped == {"two"}
+
+    asyncio.run(run())
+
+
 def test_a_replica_that_is_named_decides_the_base() -> None:
     async def run() -> None:
         async with door(echo) as there:
@@ -372,5 +391,19 @@ def test_a_trace_begins_at_the_ingress_if_the_client_has_none() -> None:
             failed = exporter.get_finished_spans()[-1]
             assert present(failed.attributes)["error.type"] == "503"
             assert failed.status.status_code is StatusCode.ERROR
+
+    asyncio.run(run())
+
+
+def test_a_list_of_models_needs_the_key_of_which_the_first_base_knows() -> None:
+    async def refuse(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": {"code": "invalid_api_key"}}, status=401)
+
+    async def run() -> None:
+        async with door(refuse, bases=("one", "two"), keys=("k",)) as there:
+            there.replicas.stopped = {"two"}
+            client = await there.client().ask("/v1/models", method="GET")
+            assert (client.status, client.code) == (401, "invalid_api_key")
+            assert there.replicas.stopped == {"two"}
 
     asyncio.run(run())
