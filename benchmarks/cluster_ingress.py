@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -107,6 +108,17 @@ def make_bodies(base: str, clients: int, each: int, tokens: int, seed: int) -> l
     return [[body() for _ in range(each)] for _ in range(clients)]
 
 
+async def replicas_of(http: aiohttp.ClientSession, door: str, key: Mapping[str, str]) -> Any:
+    """The first base with its replicas, once the ingress knows one."""
+    while True:
+        async with http.get(f"{door}/v1/cluster", headers=key) as reply:
+            reply.raise_for_status()
+            base = (await reply.json())["bases"][0]
+        if base["replicas"]:
+            return base
+        await asyncio.sleep(1)
+
+
 async def compare(config: ClusterConfig, arguments: argparse.Namespace) -> None:
     """Run the ways in turn, and print what they gave."""
     door = f"http://{config.host}:{config.port}"
@@ -114,10 +126,7 @@ async def compare(config: ClusterConfig, arguments: argparse.Namespace) -> None:
     key = {} if arguments.api_key is None else {"authorization": f"Bearer {arguments.api_key}"}
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as http:
-        async with http.get(f"{door}/v1/cluster", headers=key) as reply:
-            reply.raise_for_status()
-            state = await reply.json()
-        base = state["bases"][0]
+        base = await replicas_of(http, door, key)
         urls = [replica["url"] for replica in base["replicas"]]
         print(f"{base['name']}: {len(urls)} replicas, {arguments.clients} clients, {arguments.rounds} rounds")
         outcomes: dict[str, list[Outcome]] = {"directly": [], "by the ingress": []}
