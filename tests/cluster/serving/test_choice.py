@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +31,7 @@ class FakeHandle:
     def __init__(self, *, answers: bool = True) -> None:
         self.answers = answers
         self.reserved: list[bool] = []
-        self.on_choice = lambda: None
+        self.on_choice: Callable[[], None] = lambda: None
 
     @asynccontextmanager
     async def choose_replica(self, wish: Wish, *, _reserve: bool = True) -> AsyncIterator[Any]:
