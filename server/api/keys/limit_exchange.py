@@ -14,6 +14,7 @@ from prompt_store.errors import PromptStoreError
 from prompt_store.limits.shared_limits import BucketId, SharedLimits, SharedUse
 from server.api.keys.common_bucket import CommonBucket
 from server.api.keys.keys import ApiKeys
+from server.api.keys.limits import KeyLimiter
 from server.metrics.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -83,14 +84,15 @@ class LimitExchange:
 
     async def exchange(self) -> None:
         """Exchange once; a failure is logged when it begins and when it ends."""
+        limiters = self._keys.limiters()
+        if not limiters and not self._noted:
+            return
         buckets = {
             BucketId(name, what, common.limit): common
-            for name, limiter in self._keys.limiters().items()
+            for name, limiter in limiters.items()
             for what, common in limiter.common.items()
         }
-        running = self._running()
-        if not buckets and not running and not self._has_places():
-            return
+        running = self._running(limiters)
         taken = {bucket: amount for bucket, common in buckets.items() if (amount := common.send())}
         try:
             found = await self._bounded(taken, running)
@@ -107,14 +109,11 @@ class LimitExchange:
             self._is_alone = False
             logger.warning("the limits of keys hold for all servers together again")
 
-    def _has_places(self) -> bool:
-        return any(limiter.limits.max_concurrency is not None for limiter in self._keys.limiters().values())
-
-    def _running(self) -> dict[str, int]:
+    def _running(self, limiters: Mapping[str, KeyLimiter]) -> dict[str, int]:
         """The numbers to note, with those that have become zero."""
         now = {
             name: limiter.num_running
-            for name, limiter in self._keys.limiters().items()
+            for name, limiter in limiters.items()
             if limiter.limits.max_concurrency is not None and limiter.num_running
         }
         return {**dict.fromkeys(self._noted, 0), **now}
